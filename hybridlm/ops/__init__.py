@@ -1,0 +1,1 @@
+"""Array operations: state-space scan, causal convolution, attention and norms."""
