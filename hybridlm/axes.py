@@ -1,4 +1,4 @@
-"""The axis alphabet: a parameter's name ends in its axes, and nothing else says what a dimension is.
+"""The axis alphabet: a name ends in its axes, and nothing else says what a dimension is.
 
 One letter, one meaning. Pruning, sharding, cost and weight conversion read these letters; no code
 finds a dimension by its size or its position.

@@ -251,9 +251,7 @@ class ModelConfig:
   def to_dict(self) -> dict[str, Any]:
     """Returns the config as plain values that JSON can hold (infinity as a string)."""
     plain = dataclasses.asdict(self)
-    plain["blocks"] = [
-      {"kind": block.symbol, **dataclasses.asdict(block)} for block in self.blocks
-    ]
+    plain["blocks"] = [{"kind": block.symbol, **dataclasses.asdict(block)} for block in self.blocks]
     for block in plain["blocks"]:
       if "dt_limits" in block:
         block["dt_limits"] = [x if math.isfinite(x) else str(x) for x in block["dt_limits"]]
@@ -351,9 +349,21 @@ def check(cfg: ModelConfig, params: Mapping[str, Any]) -> None:
 def _nemotron(pattern: str, *, D: int, F: int, J: int, H: int, P: int = 64, N: int = 128):
   """Nemotron-H and its successors: 8 SSM groups, 8 key-value heads of width 128, no RoPE."""
   return ModelConfig.from_pattern(
-    pattern, V=131072, D=D, F=F, K=8, J=J, E=128, G=8, H=H, P=P, N=N, dtype="bfloat16",
-    dt_limits=(0.001, math.inf), remat="block",
-  )  # fmt: skip
+    pattern,
+    V=131072,
+    D=D,
+    F=F,
+    K=8,
+    J=J,
+    E=128,
+    G=8,
+    H=H,
+    P=P,
+    N=N,
+    dtype="bfloat16",
+    dt_limits=(0.001, math.inf),
+    remat="block",
+  )
 
 
 _LAYERS_52 = "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-"

@@ -1,0 +1,279 @@
+"""The face of the library: the one file that knows both the model and the pruning."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from hybridlm import config
+from hybridlm.config import ModelConfig
+from hybridlm.distill import loss
+from hybridlm.nn.lm import HybridLM
+from hybridlm.prune import cut as cutting
+from hybridlm.prune import depth as depths
+from hybridlm.prune import scores as scoring
+from hybridlm.prune.plan import Plan
+from hybridlm.prune.scores import Scores
+from hybridlm.prune.trees import shared_buffers
+
+# Largest difference of masked and cut logits that `cut` accepts, as a share of the largest logit.
+TOLERANCE = 1e-4
+PROBE = (2, 37)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "taps", "output"))
+def apply(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  token_BL: Int[Array, "B L"],
+  segment_BL: Int[Array, "B L"] | None = None,
+  kept: Mapping[str, Any] | None = None,
+  taps: tuple[str, ...] = (),
+  output: str = "logits",
+) -> tuple[Any, dict[str, dict[str, jax.Array]]]:
+  """Returns `(result, taps)` of the compiled model: `nn.lm.HybridLM.__call__` as a function."""
+  return HybridLM(cfg).apply({"params": params}, token_BL, segment_BL, kept, taps, output)
+
+
+def apply_taps(cfg: ModelConfig, params, batch, taps):
+  """Returns the taps of one batch: the form `prune.scores` and `prune.depth` take."""
+  return apply(cfg, params, batch["token_BL"], batch.get("segment_BL"), taps=taps)[1]
+
+
+def apply_hidden(cfg: ModelConfig, params, batch):
+  """Returns `(hidden_BLD, head_DV)` of one batch: the form losses take."""
+  return apply(cfg, params, batch["token_BL"], batch.get("segment_BL"), output="hidden")[0]
+
+
+def init(cfg: ModelConfig, *, seed: int = 0) -> dict[str, Any]:
+  """Returns freshly drawn float32 parameters: nested dicts whose leaf names end in axes.
+
+  >>> cfg = hybridlm.ModelConfig.from_pattern("M-", V=31, D=16, F=24, G=2, H=4, P=6, N=5)
+  >>> params = hybridlm.init(cfg, seed=0)
+  >>> params["blocks"]["01"]["w_up_DF"].shape
+  (16, 24)
+  """
+
+  @jax.jit
+  def draw(key):
+    return HybridLM(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+  return draw(jax.random.key(seed))
+
+
+def forward(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  token_BL: Int[Any, "B L"],
+  segment_BL: Int[Any, "B L"] | None = None,
+  kept: Mapping[str, Any] | None = None,
+) -> Float[Array, "B L V"]:
+  """Returns float32 logits of every position.
+
+  Args:
+    cfg: the model.
+    params: its canonical tree.
+    token_BL: token ids below V.
+    segment_BL: documents of a packed row; positions of other documents are never seen.
+    kept: surviving entries of a masked model, the second result of `mask`.
+
+  Raises:
+    ValueError: ids outside the vocabulary, no position at all, or parameters of another model.
+
+  >>> hybridlm.forward(cfg, params, jnp.zeros((1, 7), jnp.int32)).shape
+  (1, 7, 31)
+  """
+  config.check(cfg, params)
+  token_BL = jnp.asarray(token_BL)
+  if token_BL.size == 0:
+    raise ValueError(f"forward: token_BL has shape {token_BL.shape}, it must hold a token")
+  low, high = int(token_BL.min()), int(token_BL.max())
+  if low < 0 or high >= cfg.V:
+    raise ValueError(f"forward: token id {low if low < 0 else high} is outside 0..V-1={cfg.V - 1}")
+  segment_BL = None if segment_BL is None else jnp.asarray(segment_BL)
+  return apply(cfg, params, token_BL, segment_BL, kept)[0]
+
+
+def calibrate(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  batches: Iterable[Mapping[str, Any]],
+  *,
+  estimator: str = "activation",
+  axes: str = "HPFDJ",
+  depth: str | None = None,
+  data: str = "",
+  seed: int = 0,
+) -> Scores:
+  """Returns the scores of the given axes and, if asked, of whole blocks.
+
+  Args:
+    cfg: the model.
+    params: its parameters.
+    batches: dicts with `token_BL`, `weight_BL` (1 for real tokens, 0 for padding) and
+      `segment_BL`.
+    estimator: a name of `prune.scores.ESTIMATORS`.
+    axes: letters to score.
+    depth: None, "kl" (leave-one-out KL of the logits) or "influence".
+    data: fingerprint of the batches, kept with the scores.
+    seed: of the "random" estimator.
+
+  Raises:
+    ValueError: an unknown name, ids outside the vocabulary, or activations that are not finite.
+
+  >>> scores = hybridlm.calibrate(cfg, params, batches)
+  >>> scores.get("01/score_F").shape
+  (24,)
+  """
+  config.check(cfg, params)
+  batches = list(batches)
+  for number, batch in enumerate(batches):
+    high = int(np.max(batch["token_BL"]))
+    if high >= cfg.V:
+      raise ValueError(f"calibration batch {number}: token id {high} is outside V={cfg.V}")
+  taps = functools.partial(apply_taps, cfg)
+  scores = scoring.calibrate(
+    cfg, taps, params, batches, estimator=estimator, letters=axes, data=data, seed=seed
+  )
+  if depth is None:
+    return scores
+  hidden = functools.partial(apply_hidden, cfg)
+  blocks = depths.calibrate(cfg, taps, hidden, params, batches, estimator=depth)
+  weights = (np.asarray(batch["weight_BL"]) for batch in batches)
+  tokens = sum(float(weight_BL.sum()) / weight_BL.shape[1] for weight_BL in weights)
+  # Estimators without data have weight 1; depth scores always come from the batches.
+  sums = {**scores.sums, "score_X": blocks * np.float32(scores.weight / tokens)}
+  return Scores(sums, scores.weight, {**scores.meta, "depth": depth})
+
+
+def mask(
+  cfg: ModelConfig, params: Mapping[str, Any], plan: Plan
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns `(masked, kept)`: the parent's shapes with zeros, and what its norms divide by.
+
+  >>> masked, kept = hybridlm.mask(cfg, params, plan)
+  >>> logits_BLV = hybridlm.forward(cfg, masked, token_BL, kept=kept)
+  """
+  return cutting.mask(cfg, params, plan)
+
+
+def cut(
+  cfg: ModelConfig, params: Mapping[str, Any], plan: Plan
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """Returns the smaller config and parameters, verified.
+
+  Verified means: as many elements as the config says, logits equal to those of the masked parent
+  on a probe batch in float32, all finite, and no buffer shared with the parent.
+
+  Raises:
+    ValueError: the plan was made for another model.
+    RuntimeError: the verification failed; the cut is wrong and nothing is returned.
+
+  >>> small_cfg, small_params = hybridlm.cut(cfg, params, plan)
+  """
+  small_cfg, small = cutting.cut(cfg, params, plan)
+  verify(cfg, params, plan, small_cfg, small)
+  return small_cfg, small
+
+
+def verify(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  plan: Plan,
+  small_cfg: ModelConfig,
+  small: Mapping[str, Any],
+) -> float:
+  """Returns the largest difference of masked and cut logits, as a share of the largest logit.
+
+  Raises:
+    RuntimeError: the cut model is not what the plan says; the message names the check.
+  """
+  found = sum(leaf.size for leaf in jax.tree.leaves(small))
+  if found != config.parameters(small_cfg):
+    raise RuntimeError(f"cut: {found} elements, the config says {config.parameters(small_cfg)}")
+  shared = shared_buffers(small, params)
+  if shared:
+    raise RuntimeError(f"cut: leaf {shared[0]!r} shares its buffer with the parent")
+  rng = np.random.default_rng(0)
+  token_BL = jnp.asarray(rng.integers(0, cfg.real_vocabulary, PROBE), jnp.int32)
+  masked, kept = cutting.mask(cfg, params, plan)
+  exact = {"dtype": "float32"}
+  real = slice(None, cfg.real_vocabulary)
+  want = apply(cfg.replace(**exact), masked, token_BL, kept=kept)[0][..., real]
+  got = apply(small_cfg.replace(**exact), small, token_BL)[0][..., real]
+  if not bool(jnp.isfinite(got).all()):
+    raise RuntimeError("cut: the cut model's logits are not finite")
+  error = float(jnp.abs(want - got).max() / jnp.abs(want).max())
+  if not error <= TOLERANCE:
+    raise RuntimeError(f"cut: logits differ from the masked parent's by {error:.2e} of the largest")
+  return error
+
+
+def language_loss(cfg: ModelConfig) -> Callable[..., dict[str, jax.Array]]:
+  """Returns `(params, frozen, batch) -> sums`: next-token cross-entropy; `frozen` is not read.
+
+  The sums are those of `distill.loss.sums`: `loss` and `weight` among them.
+  """
+
+  def sums(params, frozen, batch):
+    hidden_BLD, head_DV = apply_hidden(cfg, params, batch)
+    return loss.sums(
+      hidden_BLD,
+      head_DV,
+      jnp.asarray(batch["target_BL"]),
+      jnp.asarray(batch["weight_BL"]),
+      kl=0.0,
+      ce=1.0,
+      vocabulary=cfg.real_vocabulary,
+    )
+
+  return sums
+
+
+def distillation_loss(
+  cfg: ModelConfig,
+  teacher_cfg: ModelConfig,
+  *,
+  temperature: float = 1.0,
+  kl: float = 1.0,
+  ce: float = 0.0,
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns `(params, teacher_params, batch) -> sums`: forward KL to a teacher, and cross-entropy.
+
+  Args:
+    cfg: the student.
+    teacher_cfg: the teacher, of the same real vocabulary.
+    temperature: of both softmaxes; the divergence is scaled by its square.
+    kl: weight of KL(teacher || student).
+    ce: weight of the next-token cross-entropy.
+
+  Raises:
+    ValueError: the vocabularies differ.
+  """
+  if cfg.real_vocabulary != teacher_cfg.real_vocabulary:
+    raise ValueError(
+      f"student predicts {cfg.real_vocabulary} tokens, teacher {teacher_cfg.real_vocabulary}: "
+      "they must share a vocabulary"
+    )
+
+  def sums(params, teacher, batch):
+    hidden_BLD, head_DV = apply_hidden(cfg, params, batch)
+    teacher_BLD, teacher_head_DV = apply_hidden(teacher_cfg, teacher, batch)
+    return loss.sums(
+      hidden_BLD,
+      head_DV,
+      jnp.asarray(batch["target_BL"]),
+      jnp.asarray(batch["weight_BL"]),
+      teacher_BLD=teacher_BLD,
+      teacher_head_DV=teacher_head_DV,
+      temperature=temperature,
+      kl=kl,
+      ce=ce,
+      vocabulary=cfg.real_vocabulary,
+    )
+
+  return sums

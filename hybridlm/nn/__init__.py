@@ -1,0 +1,1 @@
+"""Flax modules of the hybrid model; every forward returns `(result, taps)`."""

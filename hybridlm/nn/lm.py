@@ -1,0 +1,133 @@
+"""The hybrid language model: embedding, a typed list of blocks, final norm, head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hybridlm import config
+from hybridlm.config import Attention, Block, Mamba, Mlp, ModelConfig
+from hybridlm.nn import attention, mamba, mlp, norm
+from hybridlm.nn.leaves import Folder, Leaves
+
+MIX = {Mamba: mamba.mix, Attention: attention.mix, Mlp: mlp.mix}
+COMMON_TAPS = ("norm_BLD", "in_BLD", "out_BLD")
+TAPS: Mapping[type, tuple[str, ...]] = {
+  Mamba: ("x_BLGHP", "z_BLGHP", "y_BLGHP", *COMMON_TAPS),
+  Attention: ("head_BLKJE", *COMMON_TAPS),
+  Mlp: ("up_BLF", "act_BLF", *COMMON_TAPS),
+}
+Kept = Mapping[str, Any]
+
+
+def apply_block(
+  cfg: ModelConfig,
+  block: Block,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B L D"],
+  *,
+  segment_BL: Int[Array, "B L"] | None = None,
+  count: Float[Array, ""] | None = None,
+  inner: Mapping[str, jax.Array] | None = None,
+  taps: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B L D"], dict[str, jax.Array]]:
+  """Returns the residual stream after one block, and the taps asked for that this kind has.
+
+  A pure function of the block's own leaves. `count` and `inner` are the surviving entries its
+  norms average over (see `prune.cut.mask`); None averages over all.
+  """
+  norm_BLD = norm.residual(cfg, leaves, x_BLD, count)
+  y_BLD, seen = MIX[type(block)](cfg, block, leaves, norm_BLD, segment_BL=segment_BL, count=inner)
+  out_BLD = x_BLD + y_BLD
+  seen = seen | {"norm_BLD": norm_BLD, "in_BLD": x_BLD, "out_BLD": out_BLD}
+  return out_BLD, {name: seen[name] for name in taps if name in seen}
+
+
+class HybridLM(nn.Module):
+  """A hybrid Mamba-2 / attention / MLP language model over the canonical parameter tree."""
+
+  cfg: ModelConfig
+
+  def _folder(self, name: str) -> dict[str, jax.Array]:
+    shapes = config.shapes(self.cfg)[name]
+    return Leaves(self.cfg, tuple(shapes.items()), name=name)()
+
+  def _blocks(self) -> dict[str, dict[str, jax.Array]]:
+    shapes = config.shapes(self.cfg)["blocks"]
+    folders = tuple((name, tuple(leaves.items())) for name, leaves in shapes.items())
+    return Folder(self.cfg, folders, name="blocks")()
+
+  @nn.compact
+  def __call__(
+    self,
+    token_BL: Int[Array, "B L"],
+    segment_BL: Int[Array, "B L"] | None = None,
+    kept: Kept | None = None,
+    taps: tuple[str, ...] = (),
+    output: str = "logits",
+  ) -> tuple[Any, dict[str, dict[str, jax.Array]]]:
+    """Returns `(logits_BLV, taps)`; taps are keyed by block folder, then by tap name.
+
+    Args:
+      token_BL: token ids below V; larger ids are the caller's to refuse.
+      segment_BL: documents of a packed row; positions of other documents are never seen.
+      kept: surviving entries that each norm averages over, as `prune.cut.mask` returns them.
+      taps: names from `TAPS`; what is not asked for costs nothing.
+      output: "logits", float32 with padded vocabulary rows at minus infinity, or "hidden": the
+        pair `(hidden_BLD, head_DV)` from which a loss computes them chunk by chunk.
+
+    Raises:
+      ValueError: a tap or an output of another name.
+    """
+    known = {name for names in TAPS.values() for name in names}
+    if not set(taps) <= known:
+      raise ValueError(f"tap {min(set(taps) - known)!r} is not one of {', '.join(sorted(known))}")
+    embed_VD = self._folder("embed")["w_embed_VD"]
+    blocks, final = self._blocks(), self._folder("final")
+    head_DV = embed_VD.T if self.cfg.tied else self._folder("head")["w_head_DV"]
+    kept = kept or {}
+    x_BLD = embed_VD[token_BL].astype(self.cfg.dtype)
+    seen = {}
+    for index, block in enumerate(self.cfg.blocks):
+      name = config.block_name(index)
+      x_BLD, seen[name] = self._run(block, blocks[name], x_BLD, segment_BL, kept, name, taps)
+    hidden_BLD = norm.residual(self.cfg, final, x_BLD, kept.get("count"))
+    if output == "hidden":
+      return (hidden_BLD, head_DV), seen
+    if output != "logits":
+      raise ValueError(f"output {output!r} is not one of logits, hidden")
+    return logits(self.cfg, hidden_BLD, head_DV), seen
+
+  def _run(self, block, leaves, x_BLD, segment_BL, kept, name, taps):
+    def run(leaves, x_BLD, segment_BL, count, inner):
+      return apply_block(
+        self.cfg,
+        block,
+        leaves,
+        x_BLD,
+        segment_BL=segment_BL,
+        count=count,
+        inner=inner,
+        taps=taps,
+      )
+
+    run = jax.checkpoint(run) if self.cfg.remat == "block" else run
+    return run(leaves, x_BLD, segment_BL, kept.get("count"), kept.get("blocks", {}).get(name))
+
+
+def logits(
+  cfg: ModelConfig, hidden_BLD: Float[Array, "B L D"], head_DV: Float[Array, "D V"]
+) -> Float[Array, "B L V"]:
+  """Returns float32 logits; rows of padded vocabulary are minus infinity."""
+  logits_BLV = jnp.einsum(
+    "BLD,DV->BLV",
+    hidden_BLD,
+    head_DV.astype(hidden_BLD.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  if cfg.real_vocabulary == cfg.V:
+    return logits_BLV
+  return jnp.where(jnp.arange(cfg.V) < cfg.real_vocabulary, logits_BLV, -jnp.inf)

@@ -1,0 +1,164 @@
+"""A plan is data: which entries of which axis each block keeps, as a small JSON manifest.
+
+Index arrays are named like parameters: `keep_GH` holds, for each group G, the heads H that stay,
+`keep_P` one choice of channels for all heads, `keep_X` the blocks that stay.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hybridlm import axes
+from hybridlm.config import ModelConfig, block_name
+
+FORMAT = "hybridlm-plan-1"
+# Index arrays a plan may hold: inside a block, by its axes. The last letter is the axis cut.
+INSIDE = ("keep_GH", "keep_P", "keep_F", "keep_KJ")
+OUTSIDE = ("keep_D", "keep_X")
+Index = tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Kept indices of one parent.
+
+  Attributes:
+    config: the parent.
+    source: SHA-256 of the parent's parameters (`trees.tree_hash`).
+    keep: `keep_D`, `keep_X` and, under a block's folder name, its own index arrays. What is not
+      named is kept whole. Rows are ascending; `keep_GH` has one row a group, all equally long.
+  """
+
+  config: ModelConfig
+  source: str
+  keep: Mapping[str, Any]
+
+  def __post_init__(self):
+    object.__setattr__(self, "keep", _frozen(self.keep))
+    check(self)
+
+  def array(self, name: str, index: int | None = None) -> np.ndarray | None:
+    """Returns an index array, of block `index` or of the whole model; None where all is kept."""
+    folder = self.keep if index is None else self.keep.get(block_name(index), {})
+    return np.asarray(folder[name], np.int32) if name in folder else None
+
+  @property
+  def blocks(self) -> tuple[int, ...]:
+    """Indices, in the parent, of the blocks that stay."""
+    return tuple(self.keep.get("keep_X", range(len(self.config.blocks))))
+
+  def inside(self, index: int) -> dict[str, np.ndarray]:
+    """Returns every index array that concerns a leaf of block `index`, `keep_D` included."""
+    names = [*self.keep.get(block_name(index), {})]
+    found = {name: self.array(name, index) for name in names}
+    return found | self.outside()
+
+  def outside(self) -> dict[str, np.ndarray]:
+    """Returns the index arrays that concern leaves outside the blocks."""
+    return {"keep_D": self.array("keep_D")} if "keep_D" in self.keep else {}
+
+  def small_config(self) -> ModelConfig:
+    """Returns the config of what the plan leaves."""
+    blocks = []
+    for index in self.blocks:
+      sizes = {axes.of(n)[-1]: a.shape[-1] for n, a in self.inside(index).items()}
+      own = {letter: size for letter, size in sizes.items() if letter != "D"}
+      blocks.append(dataclasses.replace(self.config.blocks[index], **own))
+    width = len(self.keep.get("keep_D", range(self.config.D)))
+    return self.config.replace(D=width, blocks=tuple(blocks))
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes the manifest as JSON, whole or not at all."""
+    plain = {
+      "format": FORMAT,
+      "source": self.source,
+      "config": self.config.to_dict(),
+      "keep": self.keep,
+    }
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> "Plan":
+    """Returns the plan a manifest holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not a plan, or keeps what its parent has not.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+      raise FileNotFoundError(f"plan {path}: no such file")
+    try:
+      plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ValueError(f"plan {path}: not JSON: {error}") from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+      raise ValueError(f"plan {path}: its format is not {FORMAT!r}")
+    missing = {"source", "config", "keep"} - set(plain)
+    if missing:
+      raise ValueError(f"plan {path}: the key {min(missing)!r} is missing")
+    return cls(ModelConfig.from_dict(plain["config"]), plain["source"], plain["keep"])
+
+
+def _frozen(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _frozen(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple, np.ndarray)):
+    return tuple(_frozen(item) for item in value)
+  return value if isinstance(value, (str, float)) else int(value)
+
+
+def _check_row(row: Any, size: int, place: str) -> None:
+  if not isinstance(row, tuple) or not all(isinstance(i, int) for i in row):
+    raise ValueError(f"plan: {place} is not a list of whole numbers")
+  if not row:
+    raise ValueError(f"plan: {place} keeps nothing; at least one entry must stay")
+  if list(row) != sorted(set(row)):
+    raise ValueError(f"plan: {place} is not strictly ascending")
+  if row[0] < 0 or row[-1] >= size:
+    raise ValueError(f"plan: {place} keeps index {row[0] if row[0] < 0 else row[-1]} of {size}")
+
+
+def _check_array(name: str, value: Any, sizes: Mapping[str, int], place: str) -> None:
+  letters = axes.of(name)
+  if len(letters) == 1:
+    _check_row(value, sizes[letters], f"{place}{name}")
+    return
+  if not isinstance(value, tuple) or len(value) != sizes[letters[0]]:
+    raise ValueError(f"plan: {place}{name} needs one row for each of {sizes[letters[0]]}")
+  for index, row in enumerate(value):
+    _check_row(row, sizes[letters[1]], f"{place}{name} row {index}")
+  counts = sorted({len(row) for row in value})
+  if len(counts) > 1:
+    raise ValueError(f"plan: {place}{name} keeps {counts} entries; every group keeps as many")
+
+
+def check(plan: Plan) -> None:
+  """Raises unless every index array fits the plan's parent.
+
+  Raises:
+    ValueError: names the array, the block and the rule it breaks.
+  """
+  cfg = plan.config
+  folders = {block_name(index): index for index in range(len(cfg.blocks))}
+  for name, value in plan.keep.items():
+    if name in OUTSIDE:
+      size = cfg.D if name == "keep_D" else len(cfg.blocks)
+      _check_row(value, size, name)
+      continue
+    if name not in folders or not isinstance(value, Mapping):
+      raise ValueError(f"plan: {name!r} is neither a block of the parent nor one of {OUTSIDE}")
+    block = cfg.blocks[folders[name]]
+    for inner, array in value.items():
+      if inner not in INSIDE or not set(axes.of(inner)) <= set(block.axes):
+        raise ValueError(f"plan: block {name} ({block.symbol}) has no axis for {inner!r}")
+      _check_array(inner, array, cfg.sizes(folders[name]), f"block {name}: ")

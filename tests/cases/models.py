@@ -1,0 +1,91 @@
+"""Small models that every law is tried on: sizes pairwise different, gains and biases random."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hybridlm
+from hybridlm import axes
+from hybridlm.config import KINDS, Rope
+
+SIZES = {"V": 31, "D": 16, "F": 24, "K": 2, "J": 3, "E": 10, "G": 2, "H": 4, "P": 6, "N": 5, "W": 4}
+PATTERN = "M-M*-"
+VARIANTS = {
+  "untied": {},
+  "tied": {"tied": True},
+  "layernorm": {"norm": "layernorm1p", "bias": True, "rope": Rope(rotary=4), "window": 9},
+  "swiglu": {"activation": "swiglu", "conv_bias": False, "bias": True},
+}
+
+
+def make(variant="untied", pattern=PATTERN, **changes):
+  """Returns the config of a variant; `changes` override sizes and fields."""
+  used = "VD" + "".join(KINDS[symbol].axes for symbol in set(pattern))
+  sizes = {letter: size for letter, size in SIZES.items() if letter in used}
+  return hybridlm.ModelConfig.from_pattern(pattern, **{**sizes, **VARIANTS[variant], **changes})
+
+
+@functools.cache
+def params(cfg, scale=1.0, seed=0):
+  """Returns parameters with random gains and biases; projections are `scale` times the default."""
+  rng = np.random.default_rng(seed)
+
+  def change(path, leaf):
+    name = path[-1].key
+    if "gain" in name or name.startswith("skip"):
+      return leaf * jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+    if "bias" in name or name.startswith("b_"):
+      return leaf + jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype)
+    return leaf * scale if name.startswith("w_") else leaf
+
+  return jax.tree_util.tree_map_with_path(change, hybridlm.init(cfg, seed=seed))
+
+
+def tokens(cfg, shape=(2, 37), seed=1):
+  """Returns random token ids."""
+  return jnp.asarray(np.random.default_rng(seed).integers(0, cfg.V, shape), jnp.int32)
+
+
+def batches(cfg, count=2, shape=(3, 37), seed=2):
+  """Returns random batches with two documents a row and some padding."""
+  rng, made = np.random.default_rng(seed), []
+  for _ in range(count):
+    segment_BL = np.ones(shape, np.int32)
+    for row in segment_BL:
+      first, end = sorted(rng.integers(5, shape[1], 2))
+      row[first:], row[end:] = 2, 0
+    token_BL = rng.integers(0, cfg.V, shape).astype(np.int32)
+    weight_BL = (segment_BL > 0).astype(np.float32)
+    batch = {"token_BL": token_BL, "segment_BL": segment_BL, "weight_BL": weight_BL}
+    made.append(batch | {"target_BL": np.roll(token_BL, -1, 1)})
+  return made
+
+
+def error(got, want):
+  """Returns the largest difference as a share of the largest value."""
+  return float(jnp.abs(got - want).max() / jnp.abs(want).max())
+
+
+def permute(cfg, tree, index, letter, order, *, across=False):
+  """Returns the tree with one axis of block `index` (None: D of all) reordered.
+
+  H is ordered within each group by `order_GH`; `across` orders all heads of a block at once.
+  """
+
+  def change(path, leaf):
+    letters = axes.of(path[-1].key)
+    where = [key.key for key in path]
+    mine = index is None or (where[0] == "blocks" and where[1] == f"{index:02d}")
+    if not mine or letter not in letters:
+      return leaf
+    axis = letters.index(letter)
+    if letter != "H":
+      return jnp.take(leaf, order, axis=axis)
+    flat = leaf.reshape(*leaf.shape[: axis - 1], -1, *leaf.shape[axis + 1 :])
+    rows = np.arange(flat.shape[axis - 1]).reshape(leaf.shape[axis - 1], -1)
+    picked = order if across else np.take_along_axis(rows, order, axis=1).ravel()
+    return jnp.take(flat, picked, axis=axis - 1).reshape(leaf.shape)
+
+  return jax.tree_util.tree_map_with_path(change, tree)

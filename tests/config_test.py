@@ -1,0 +1,100 @@
+"""Configs are frozen lists of typed blocks; counts come from names and sizes alone."""
+
+import json
+import math
+
+import pytest
+
+from cases import models
+from hybridlm import config
+from hybridlm.config import Mamba, Mlp, ModelConfig, Rope
+
+PUBLISHED = {
+  "nemotron_h_8b": 8_100_852_736,
+  "nemotron_h_4b": 4_489_223_040,
+  "nemotron_h_47b": 46_791_554_816,
+  "nemotron_h_56b": 56_324_350_464,
+  "nemotron_nano_2_12b": 12_310_001_152,
+  "nemotron_nano_2_9b": 8_888_227_328,
+  "nemotron_3_nano_4b": 3_973_556_832,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+  assert config.parameters(config.PRESETS[name]) == PUBLISHED[name]
+
+
+def test_presets_are_exactly_the_published_family():
+  assert set(config.PRESETS) == set(PUBLISHED)
+  depth = {name: len(cfg.blocks) for name, cfg in config.PRESETS.items()}
+  assert depth["nemotron_h_8b"] == 52 and depth["nemotron_nano_2_9b"] == 56
+  assert config.PRESETS["nemotron_h_47b"].pattern.count("*") == 5
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_a_config_survives_json(variant):
+  cfg = models.make(variant, dt_limits=(0.001, math.inf))
+  assert ModelConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_a_pattern_prints_itself():
+  assert models.make(pattern="M-M*-").pattern == "M-M*-"
+
+
+def test_sizes_that_agree_are_attributes_and_others_raise():
+  cfg = models.make()
+  assert (cfg.F, cfg.H, cfg.J) == (24, 4, 3)
+  blocks = (*cfg.blocks[:-1], Mlp(F=7))
+  with pytest.raises(AttributeError, match=r"blocks disagree: \[7, 24\]"):
+    _ = cfg.replace(blocks=blocks).F
+  with pytest.raises(AttributeError, match="no block has this axis"):
+    _ = models.make().R
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"pattern": "M-Q"}, "'Q' is not one of"),
+    ({"G": 0}, "G=0 must be a whole number"),
+    ({"F": True}, "F=True must be a whole number"),
+    ({"rotary": 3}, "nothing in it uses 'rotary'"),
+    ({"norm": "batchnorm"}, "'batchnorm' is not one of"),
+    ({"dtype": "float16"}, "'float16' is not one of"),
+    ({"activation": "gelu"}, "'gelu' is not one of"),
+    ({"dt_limits": (0.1, 0.1)}, "must satisfy 0 <= low < high"),
+    ({"vocabulary": 32}, "vocabulary=32 must lie in 1..V=31"),
+    ({"rope": Rope(rotary=12)}, "12 rotary channels do not fit"),
+    ({"window": 0}, "window=0 must be"),
+    ({"eps": 0.0}, "must be positive"),
+  ],
+)
+def test_a_config_that_cannot_be_says_value_and_rule(change, message):
+  with pytest.raises(ValueError, match=message):
+    models.make(**change)
+
+
+def test_a_missing_size_and_an_empty_model_are_refused():
+  with pytest.raises(ValueError, match="'M' needs the size G"):
+    ModelConfig.from_pattern("M", V=3, D=4)
+  with pytest.raises(ValueError, match="blocks is empty"):
+    ModelConfig(V=3, D=4, blocks=())
+  with pytest.raises(ValueError, match="kind 'Z'"):
+    ModelConfig.from_dict({"V": 3, "D": 4, "blocks": [{"kind": "Z"}]})
+  with pytest.raises(ValueError, match="unexpected keyword"):
+    ModelConfig.from_dict({**models.make().to_dict(), "colour": 1})
+
+
+def test_check_names_the_leaf_that_is_wrong():
+  cfg = models.make()
+  shapes = config.shapes(cfg)
+  assert shapes["blocks"]["00"]["w_x_DGHP"] == (16, 2, 4, 6)
+  params = models.params(cfg)
+  config.check(cfg, params)
+  wider = cfg.replace(blocks=(Mamba(2, 4, 6, 7), *cfg.blocks[1:]))
+  with pytest.raises(ValueError, match="blocks/00/conv_b_WGN"):
+    config.check(wider, params)
+  with pytest.raises(ValueError, match="lack the leaf 'head/w_head_DV'"):
+    config.check(cfg, {key: value for key, value in params.items() if key != "head"})
+  with pytest.raises(ValueError, match="hold 'extra/w_up_DF'"):
+    config.check(cfg, {**params, "extra": {"w_up_DF": params["head"]["w_head_DV"]}})

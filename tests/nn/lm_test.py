@@ -1,0 +1,173 @@
+"""Laws of the model: names, causality, packing, symmetry, precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hybridlm
+from cases import models
+from hybridlm import api, axes, config
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_every_leafs_shape_equals_its_letters_sizes(variant):
+  cfg = models.make(variant)
+  params = hybridlm.init(cfg)
+  config.check(cfg, params)
+  for path, leaf in axes.leaves(params):
+    place = path.split("/")
+    sizes = cfg.sizes(int(place[1])) if place[0] == "blocks" else {"V": cfg.V, "D": cfg.D}
+    assert leaf.shape == tuple(sizes[letter] for letter in axes.of(place[-1])), path
+    assert leaf.dtype == jnp.float32, path
+
+
+def test_initialisation_draws_mamba_steps_and_rates_from_their_ranges():
+  cfg = models.make(pattern="M", G=8, H=16)
+  leaves = hybridlm.init(cfg)["blocks"]["00"]
+  dt = jax.nn.softplus(leaves["dt_bias_GH"])
+  assert 1e-3 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.1
+  a = jnp.exp(leaves["a_log_GH"])
+  assert 1.0 <= a.min() < 2.0 and 14.0 < a.max() <= 16.0
+  np.testing.assert_array_equal(leaves["skip_GH"], 1.0)
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_later_tokens_never_change_earlier_logits(variant):
+  cfg = models.make(variant)
+  params = models.params(cfg, 5.0)
+  token_BL = models.tokens(cfg, (1, 23))
+  position = 11
+
+  def earlier(embed_LD):
+    # The embedding of each position apart: the gradient says which positions were seen.
+    wide = {**params, "embed": {"w_embed_VD": embed_LD}}
+    sized = cfg.replace(V=23, tied=False)
+    head = params.get("head", {"w_head_DV": params["embed"]["w_embed_VD"].T})
+    wide["head"] = {"w_head_DV": head["w_head_DV"][:, :23]}
+    logits = api.apply(sized, wide, jnp.arange(23)[None])[0]
+    return jnp.sum(logits[0, position] * jnp.arange(1.0, 24.0))
+
+  gradient_LD = jax.grad(earlier)(params["embed"]["w_embed_VD"][token_BL[0]])
+  size_L = jnp.abs(gradient_LD).max(-1)
+  np.testing.assert_array_equal(size_L[position + 1 :], 0.0)
+  assert size_L[: position + 1].min() > 0
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_packed_documents_equal_the_same_documents_one_by_one(variant):
+  cfg = models.make(variant)
+  params = models.params(cfg, 5.0)
+  token_BL = models.tokens(cfg, (1, 37))
+  lengths = [9, 21, 7]
+  segment_BL = jnp.repeat(jnp.arange(1, 4), jnp.array(lengths), total_repeat_length=37)[None]
+  packed = hybridlm.forward(cfg, params, token_BL, segment_BL)[0]
+  start = 0
+  for length in lengths:
+    alone = hybridlm.forward(cfg, params, token_BL[:, start : start + length])[0]
+    assert models.error(packed[start : start + length], alone) < 1e-5
+    start += length
+  assert models.error(packed, hybridlm.forward(cfg, params, token_BL)[0]) > 1e-3
+
+
+ORDERS = [("F", 1), ("J", 3), ("K", 3), ("P", 0), ("N", 0), ("H", 0), ("G", 2), ("D", None)]
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+@pytest.mark.parametrize("letter, index", ORDERS)
+def test_permuting_a_prunable_axis_changes_nothing(variant, letter, index):
+  cfg = models.make(variant)
+  params = models.params(cfg, 5.0)
+  token_BL = models.tokens(cfg)
+  rng = np.random.default_rng(3)
+  size = cfg.D if letter == "D" else cfg.sizes(index)[letter]
+  order = rng.permutation(size)
+  while (order == np.arange(size)).all():
+    order = rng.permutation(size)
+  if letter == "H":
+    order = np.stack([order, order[::-1]])
+  moved = models.permute(cfg, params, index, letter, order)
+  changed = [
+    path
+    for (path, one), (_, other) in zip(axes.leaves(params), axes.leaves(moved), strict=True)
+    if not np.array_equal(one, other)
+  ]
+  assert changed
+  want = hybridlm.forward(cfg, params, token_BL)
+  assert models.error(hybridlm.forward(cfg, moved, token_BL), want) < 1e-5
+
+
+def test_moving_a_head_to_another_group_changes_the_logits():
+  cfg = models.make()
+  params = models.params(cfg, 5.0)
+  order = np.arange(8)
+  order[[1, 6]] = order[[6, 1]]
+  moved = models.permute(cfg, params, 0, "H", order, across=True)
+  token_BL = models.tokens(cfg)
+  got, want = (hybridlm.forward(cfg, tree, token_BL) for tree in (moved, params))
+  assert models.error(got, want) > 1e-3
+
+
+def test_padded_vocabulary_is_never_predicted():
+  cfg = models.make(vocabulary=29)
+  logits = hybridlm.forward(cfg, models.params(cfg), models.tokens(cfg))
+  assert np.isneginf(logits[..., 29:]).all() and np.isfinite(logits[..., :29]).all()
+
+
+def test_taps_are_what_was_asked_for_and_the_residual_adds_up():
+  cfg = models.make()
+  params, token_BL = models.params(cfg), models.tokens(cfg)
+  _, taps = api.apply(cfg, params, token_BL, taps=("in_BLD", "out_BLD", "act_BLF", "x_BLGHP"))
+  assert set(taps["00"]) == {"in_BLD", "out_BLD", "x_BLGHP"}
+  assert set(taps["01"]) == {"in_BLD", "out_BLD", "act_BLF"}
+  np.testing.assert_array_equal(taps["00"]["out_BLD"], taps["01"]["in_BLD"])
+  np.testing.assert_array_equal(taps["00"]["in_BLD"], params["embed"]["w_embed_VD"][token_BL])
+  added = jnp.einsum("blf,fd->bld", taps["01"]["act_BLF"], params["blocks"]["01"]["w_down_FD"])
+  np.testing.assert_allclose(taps["01"]["in_BLD"] + added, taps["01"]["out_BLD"], atol=1e-6)
+  assert api.apply(cfg, params, token_BL)[1] == {f"{i:02d}": {} for i in range(5)}
+  with pytest.raises(ValueError, match="'y' is not one of"):
+    api.apply(cfg, params, token_BL, taps=("y",))
+
+
+def test_rematerialisation_changes_neither_logits_nor_gradients():
+  plain, remat = models.make(), models.make(remat="block")
+  params, batch = models.params(plain, 3.0), models.batches(plain, 1)[0]
+
+  def gradient(cfg):
+    loss = hybridlm.language_loss(cfg)
+    return jax.grad(lambda p: loss(p, None, batch)["loss"])(params)
+
+  for (path, one), (_, two) in zip(
+    axes.leaves(gradient(plain)), axes.leaves(gradient(remat)), strict=True
+  ):
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_bfloat16_compute_stays_near_float32():
+  cfg = models.make()
+  params, token_BL = models.params(cfg, 3.0), models.tokens(cfg)
+  want = hybridlm.forward(cfg, params, token_BL)
+  got = hybridlm.forward(cfg.replace(dtype="bfloat16"), params, token_BL)
+  assert got.dtype == jnp.float32
+  assert 0 < models.error(got, want) < 0.05
+
+
+def test_the_step_size_is_clipped_after_softplus():
+  cfg = models.make(dt_limits=(0.01, 0.02))
+  free = models.make()
+  params, token_BL = models.params(cfg, 5.0), models.tokens(cfg)
+  got, want = (hybridlm.forward(c, params, token_BL) for c in (cfg, free))
+  assert models.error(got, want) > 1e-4
+
+
+@pytest.mark.parametrize("token, message", [(31, "token id 31"), (-1, "token id -1")])
+def test_ids_outside_the_vocabulary_are_refused(token, message):
+  cfg = models.make()
+  with pytest.raises(ValueError, match=message):
+    hybridlm.forward(cfg, models.params(cfg), jnp.full((1, 3), token))
+
+
+def test_an_empty_row_is_refused():
+  cfg = models.make()
+  with pytest.raises(ValueError, match=r"shape \(1, 0\)"):
+    hybridlm.forward(cfg, models.params(cfg), jnp.zeros((1, 0), jnp.int32))

@@ -1,0 +1,143 @@
+"""Targets become plans, channels before heads; plans are data and refuse what cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+
+import hybridlm
+from cases import models
+from hybridlm.prune import select
+from hybridlm.prune.plan import Plan
+
+
+@pytest.fixture(name="made")
+def _made():
+  cfg = models.make()
+  params = models.params(cfg)
+  scores = hybridlm.calibrate(cfg, params, models.batches(cfg), depth="influence")
+  return cfg, scores
+
+
+def test_channels_are_ranked_first_and_heads_on_what_survives():
+  # Channel 1 is the best overall; head 0 lives in channel 0 alone, so it must not survive.
+  score_GHP = np.array([[[9.0, 1.0], [0.0, 8.0]], [[0.0, 7.0], [0.5, 1.0]]])
+  keep_P, keep_GH = select.rank_heads(score_GHP, 1, 1)
+  np.testing.assert_array_equal(keep_P, [1])
+  np.testing.assert_array_equal(keep_GH, [[1], [0]])
+  whole_P, whole_GH = select.rank_heads(score_GHP, 2, 1)
+  np.testing.assert_array_equal(whole_P, [0, 1])
+  np.testing.assert_array_equal(whole_GH, [[0], [0]])
+
+
+def test_heads_are_chosen_within_their_group_even_where_one_group_scores_higher():
+  score_GHP = np.ones((2, 4, 3)) * np.array([100.0, 1.0])[:, None, None]
+  score_GHP[1, 2] = 50.0
+  _, keep_GH = select.rank_heads(score_GHP, 3, 2)
+  np.testing.assert_array_equal(keep_GH, [[0, 1], [0, 2]])
+
+
+def test_the_best_entries_stay_in_their_order_and_ties_go_to_the_lower_index():
+  np.testing.assert_array_equal(select.top(np.array([3.0, 9.0, 3.0, 5.0, 3.0]), 3), [0, 1, 3])
+
+
+def test_a_plan_keeps_what_scores_best(made):
+  cfg, scores = made
+  plan = hybridlm.plan(cfg, scores, {"F": 7, "D": 5, "J": 2, "blocks": 3})
+  best = np.sort(np.argsort(-scores.get("01/score_F"))[:7])
+  np.testing.assert_array_equal(plan.array("keep_F", 1), best)
+  np.testing.assert_array_equal(plan.array("keep_D"), np.sort(np.argsort(-scores.width())[:5]))
+  np.testing.assert_array_equal(plan.blocks, np.sort(np.argsort(-scores.get("score_X"))[:3]))
+  score_KJ = scores.get("03/score_KJ")
+  for k, row in enumerate(plan.array("keep_KJ", 3)):
+    np.testing.assert_array_equal(row, np.sort(np.argsort(-score_KJ[k])[:2]))
+
+
+def test_sizes_may_differ_by_block_and_heads_count_all_groups(made):
+  cfg, scores = made
+  plan = hybridlm.plan(cfg, scores, {"F": {1: 3, 4: 9}, "heads": {"0": 6, "2": 4}})
+  small = plan.small_config()
+  assert [block.F for block in small.blocks if block.symbol == "-"] == [3, 9]
+  assert [block.H for block in small.blocks if block.symbol == "M"] == [3, 2]
+
+
+def test_what_is_not_named_stays_whole(made):
+  cfg, scores = made
+  assert hybridlm.plan(cfg, scores, {}).keep == {}
+  assert hybridlm.plan(cfg, scores, {}).small_config() == cfg
+  assert hybridlm.plan(cfg, scores, {"F": 24, "D": 16}).keep == {}
+
+
+@pytest.mark.parametrize(
+  "targets, message",
+  [
+    ({"F": 25}, "target F=25 of block 1: larger than the parent's 24"),
+    ({"D": 17}, "target D=17 .* larger than the parent's 16"),
+    ({"H": 0}, "target H=0 of block 0: not a whole number of at least 1"),
+    ({"F": 2.5}, "target F=2.5"),
+    ({"P": True}, "target P=True"),
+    ({"heads": 5}, "target heads=5 of block 0: not a multiple of its 2 groups"),
+    ({"heads": 6, "H": 3}, "one size in two units"),
+    ({"Z": 3}, "target 'Z' is not one of"),
+    ({"F": {0: 3}}, "target F: block 0 of 'M-M\\*-' has no such axis"),
+    ({"blocks": 6}, "target blocks=6: the parent has 5"),
+    ({"blocks": 0}, "target blocks=0"),
+    ({"blocks": (0, 5)}, "not distinct indices"),
+    ({"blocks": (1, 1)}, "not distinct indices"),
+  ],
+)
+def test_targets_that_cannot_be_met_are_refused(made, targets, message):
+  with pytest.raises(ValueError, match=message):
+    hybridlm.plan(*made, targets)
+
+
+def test_a_target_without_a_block_of_its_kind_is_refused():
+  cfg = models.make(pattern="M")
+  scores = hybridlm.calibrate(cfg, models.params(cfg), [], estimator="magnitude")
+  with pytest.raises(ValueError, match="no block of 'M' has this axis"):
+    hybridlm.plan(cfg, scores, {"J": 1})
+
+
+@pytest.mark.parametrize(
+  "letters, targets, missing", [("F", {"D": 5}, "score_D"), ("D", {"H": 2}, "00/score_GHP")]
+)
+def test_scores_that_miss_an_axis_are_named(letters, targets, missing):
+  cfg = models.make()
+  scores = hybridlm.calibrate(cfg, models.params(cfg), models.batches(cfg), axes=letters)
+  with pytest.raises(ValueError, match=f"scores miss '{missing}'"):
+    hybridlm.plan(cfg, scores, targets)
+  with pytest.raises(ValueError, match="scores miss 'score_X'"):
+    hybridlm.plan(cfg, scores, {"blocks": 3})
+
+
+@pytest.mark.parametrize(
+  "keep, message",
+  [
+    ({"keep_D": [0, 16]}, "keep_D keeps index 16 of 16"),
+    ({"keep_D": [-1, 2]}, "keep_D keeps index -1"),
+    ({"keep_D": [3, 2]}, "keep_D is not strictly ascending"),
+    ({"keep_D": [2, 2]}, "keep_D is not strictly ascending"),
+    ({"keep_D": []}, "keep_D keeps nothing"),
+    ({"00": {"keep_GH": [[0, 1], [2]]}}, "every group keeps as many"),
+    ({"00": {"keep_GH": [[0, 1]]}}, "needs one row for each of 2"),
+    ({"00": {"keep_F": [0]}}, "block 00 \\(M\\) has no axis for 'keep_F'"),
+    ({"05": {"keep_F": [0]}}, "'05' is neither a block"),
+    ({"01": {"keep_F": 3}}, "block 01: keep_F is not a list"),
+  ],
+)
+def test_a_manifest_that_does_not_fit_its_parent_is_refused(tmp_path, keep, message):
+  good = Plan(models.make(), "abc", {})
+  good.save(tmp_path / "plan.json")
+  plain = json.loads((tmp_path / "plan.json").read_text())
+  (tmp_path / "plan.json").write_text(json.dumps({**plain, "keep": keep}))
+  with pytest.raises(ValueError, match=message):
+    Plan.load(tmp_path / "plan.json")
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no such file"):
+    Plan.load(tmp_path / "missing.json")
+  for text, message in [("{", "not JSON"), ("{}", "format"), ("[]", "format")]:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+      Plan.load(tmp_path / "plan.json")
