@@ -120,7 +120,7 @@ class Scores:
     if not path.is_file():
       raise FileNotFoundError(f"scores {path}: no such file")
     try:
-      with np.load(path, allow_pickle=False) as held:
+      with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as held:
         sums = {key: held[key] for key in held.files if key != "meta"}
         meta = json.loads(str(held["meta"]))
         return cls(sums, meta.pop("weight"), meta)
