@@ -1,0 +1,101 @@
+"""Every value an experiment can set, with its default. Configs start from here and change some.
+
+A misspelt override (`--config.distil.stesp=3`) is an error that names the nearest valid keys.
+`None` stands for "not set": keep the parent's size, let the library choose.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def source(kind: str, path: str = "") -> ml_collections.ConfigDict:
+  """A source of text; fields as in `hybridlm.data.sources.Source`."""
+  return ml_collections.ConfigDict({"kind": kind, "path": path, "field": "text", "rule": "tenth"})
+
+
+def training(steps: int, peak: float) -> ml_collections.ConfigDict:
+  """One run of the loop: AdamW over `steps` batches."""
+  return ml_collections.ConfigDict({
+    "steps": steps,
+    "batch": 8,  # rows of data.length tokens a step
+    "accumulate": 1,  # micro-batches a step; they divide the batch
+    "schedule": "cosine",  # or "wsd"
+    "peak": peak,  # learning rate
+    "floor": 0.1,  # last learning rate, as a share of the peak
+    "warmup": 20,  # steps
+    "decay": 0,  # steps of the fall, for "wsd"
+    "weight_decay": 0.1,
+    "clip": 1.0,  # global norm of the gradient
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "validate_every": 100,  # steps
+    "validate_batches": 4,
+    "save_every": 200,  # steps between checkpoints, kept while the run lasts
+  })
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the tree of defaults."""
+  c = ml_collections.ConfigDict()
+  c.name = "base"  # owns the workdir: another config's name is refused there
+  c.seed = 0
+
+  c.data = ml_collections.ConfigDict()
+  c.data.tokenizer = "bytes"  # or a packaged one, or a JSON file of the tokenizers library
+  c.data.length = 128  # tokens a row, L
+  c.data.sources = ml_collections.ConfigDict()
+  c.data.sources.main = source("sotu")
+  c.data.sources.other = source("stdlib")
+  # ((step, (("main", 0.9), ("other", 0.1))), ...): what training mixes from which step on.
+  c.data.phases = ((0, (("main", 1.0),)),)
+
+  c.model = ml_collections.ConfigDict()
+  c.model.preset = ""  # a published model by name; then pattern and sizes stay unset
+  c.model.pattern = ""  # one character a block: M Mamba-2, * attention, - MLP
+  for letter in "VDFKJEGHPNW":
+    c.model[letter] = config_dict.placeholder(int)  # V unset: as many rows as the tokenizer has ids
+  c.model.activation = "relu2"
+  c.model.norm = "rmsnorm"
+  c.model.tied = False
+  c.model.dtype = "float32"
+  c.model.remat = "none"
+  c.model.ssd = config_dict.placeholder(str)
+  c.model.chunk = config_dict.placeholder(int)
+
+  c.teacher = training(steps=1000, peak=3e-3)
+  c.teacher.path = ""  # a folder with a trained model; empty: pretrain one, once, and cache it
+
+  c.calibrate = ml_collections.ConfigDict()
+  c.calibrate.estimator = "activation"
+  c.calibrate.depth = config_dict.placeholder(str)  # "kl" or "influence" also scores whole blocks
+  c.calibrate.split = "train"
+  c.calibrate.batches = 16
+  c.calibrate.batch = 8
+
+  c.targets = ml_collections.ConfigDict()
+  # Sizes of the small model; unset: the parent's. `blocks` is how many blocks stay.
+  # H is heads a group, `heads` heads a block: one size in two units.
+  for name in ("D", "F", "H", "heads", "P", "J", "blocks"):
+    c.targets[name] = config_dict.placeholder(int)
+
+  c.distil = training(steps=400, peak=2e-3)
+  c.distil.temperature = 1.0
+  c.distil.kl = 1.0
+  c.distil.ce = 0.0
+
+  # The same sizes from scratch on the tokens distillation saw; "none" leaves the baseline out.
+  c.scratch = ml_collections.ConfigDict({"run": "same", "peak": 3e-3})
+
+  c.evaluate = ml_collections.ConfigDict()
+  c.evaluate.inside = "main"
+  c.evaluate.outside = "other"
+  c.evaluate.split = "test"
+  c.evaluate.batch = 8
+  c.evaluate.batches = 32  # at most, spread evenly over the split
+  c.evaluate.speed_repeats = 5
+  c.evaluate.ngram = 6  # largest order of the byte n-gram baselines; 0 leaves them out
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = config_dict.placeholder(int)  # devices along the batch; unset: all that are left
+  c.mesh.model = 1  # devices along G, K, F and V
+  return c

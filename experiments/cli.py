@@ -1,0 +1,153 @@
+"""What every command shares: flags, the config and its overrides, one line for a user's mistake."""
+
+import difflib
+import dis
+import os
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import stages
+
+PACKAGES = ("hybridlm", "experiments", "configs")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class Job(NamedTuple):
+  """What the command line asks for.
+
+  config: every value, overrides applied.  workdir: where artefacts go.  cache: what workdirs share
+  (teachers, token ids, compiled programs).  dry_run: say what would be done, and do nothing.
+  """
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  cache: pathlib.Path
+  dry_run: bool
+
+
+def start(main: Callable[[Job], None]) -> None:
+  """Runs a command with this process's arguments and ends the process with its exit code."""
+  sys.exit(call(main, sys.argv))
+
+
+def call(main: Callable[[Job], None], argv: Sequence[str]) -> int:
+  """Returns the exit code of a command: 0, or 2 after one line about a user's mistake.
+
+  A mistake is a ValueError or FileNotFoundError that our own code raised. Anything else is a bug
+  or the machine's fault, and keeps its traceback.
+  """
+  try:
+    job = parse(argv)
+    if job is not None:
+      _keep_programs(job.cache / "programs")
+      main(job)
+  except stages.USER_ERRORS as error:
+    if not raised_by_us(error):
+      raise
+    print(" ".join(str(error).split()), file=sys.stderr)
+    return 2
+  return 0
+
+
+def raised_by_us(error: BaseException) -> bool:
+  """Whether a `raise` statement in our own packages threw this, and not a library beneath it."""
+  trace = error.__traceback__
+  if trace is None:
+    return False
+  while trace.tb_next is not None:
+    trace = trace.tb_next
+  code = trace.tb_frame.f_code
+  package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+  thrown = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+  return thrown and package in PACKAGES
+
+
+def parse(argv: Sequence[str]) -> Job | None:
+  """Returns the job of an argument list, or None after printing the help it asks for.
+
+  Raises:
+    FileNotFoundError: there is no such config.
+    ValueError: an unknown flag or config key, or a value of another type.
+  """
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, "Config: a file, looked for here first, then among those installed.",
+    flag_values=values, lock_config=True,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "workdir", None, "Where artefacts and the report go; default workdir/NAME.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "cache_dir", None, "What workdirs share: teachers, token ids, compiled programs; default: "
+    "the folder cache beside the workdir.", flag_values=values,
+  )  # fmt: skip
+  flags.DEFINE_bool(
+    "dry_run", False, "Print stages, sizes and memory; compute nothing.", flag_values=values
+  )
+  flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
+  if {"--help", "-h"} & set(argv):
+    print(values.get_help())
+    return None
+  argv = _with_config(argv)
+  try:
+    rest = values(argv)[1:]
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  if rest:
+    raise ValueError(f"argument {rest[0]!r} is not a flag; values are given as --name=value")
+  workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
+  cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
+  return Job(values.config, workdir, cache, values.dry_run)
+
+
+def _with_config(argv: Sequence[str]) -> list[str]:
+  """Returns the arguments with the config's file found and every override's key checked."""
+  given = [arg for arg in argv if arg.partition("=")[0] in ("--config", "-config")]
+  if len(given) != 1 or not given[0].partition("=")[2]:
+    raise ValueError(f"give one --config=FILE; installed: {', '.join(installed())}")
+  path = find(given[0].partition("=")[2])
+  _check_keys(argv, runpy.run_path(str(path))["get_config"]())
+  return [f"--config={path}" if arg == given[0] else arg for arg in argv]
+
+
+def find(name: str) -> pathlib.Path:
+  """Returns a config's file: relative to the working directory, or else an installed one.
+
+  Raises:
+    FileNotFoundError: it is in neither place.
+  """
+  for path in (pathlib.Path(name), ROOT / name):
+    if path.is_file():
+      return path
+  raise FileNotFoundError(f"config {name}: no such file; installed: {', '.join(installed())}")
+
+
+def installed() -> list[str]:
+  """Returns the configs that come with the package, as `--config` takes them."""
+  files = sorted((ROOT / "configs").glob("*.py"))
+  return [f"configs/{path.name}" for path in files if path.stem not in ("__init__", "base")]
+
+
+def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
+  known = list(stages.flat(config.to_dict()))
+  for arg in argv:
+    flag = arg.partition("=")[0].lstrip("-")
+    key = flag.removeprefix("config.")
+    if flag.startswith("config.") and key not in known:
+      inside = [name for name in known if name.startswith(f"{key}.")]
+      near = inside or difflib.get_close_matches(key, known, n=3, cutoff=0.0)
+      raise ValueError(f"config key {key!r} is unknown; nearest: {', '.join(near)}")
+
+
+def _keep_programs(folder: pathlib.Path) -> None:
+  """Makes JAX keep compiled programs between runs, unless the caller's environment decides."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
