@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -17,16 +18,23 @@ def phases(wanted: Sequence, names: Sequence[str]) -> Phases:
     if len(names) > 1:
       raise ValueError(f"the data spec has {len(names)} sources and no phases to mix them by")
     return ((0, ((names[0], 1.0),)),)
-  found = []
-  for step, weights in wanted:
-    pairs = weights.items() if isinstance(weights, Mapping) else weights
-    found.append((step, tuple(sorted((name, float(weight)) for name, weight in pairs))))
+  found = [_normal(phase) for phase in wanted]
   steps = [step for step, _ in found]
   if steps[0] != 0 or any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
     raise ValueError(f"phases start at steps {steps}; they must start at 0 and rise")
   for step, pairs in found:
     _check(step, pairs, names)
   return tuple(found)
+
+
+def _normal(phase) -> tuple[int, tuple[tuple[str, float], ...]]:
+  """Returns one phase with its pairs in order of names."""
+  try:
+    step, weights = phase
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    return operator.index(step), tuple(sorted((name, float(weight)) for name, weight in pairs))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"phase {phase!r} is not (step, ((source, weight), ..))") from error
 
 
 def _check(step: int, pairs, names: Sequence[str]) -> None:

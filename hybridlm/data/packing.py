@@ -30,13 +30,13 @@ def join(documents: Sequence[Integer[np.ndarray, "_"]], *, eot: int, V: int) -> 
   """
   sizes = np.array([len(ids) + 1 for ids in documents], np.int64)
   start = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-  flat = np.full(start[-1] + 1, eot, np.int64 if V > 2**31 else np.int32)
+  flat = np.full(start[-1] + 1, eot, np.uint16 if V <= 1 << 16 else np.int32)
   for number, ids in enumerate(documents):
     if len(ids) and not 0 <= ids.min() <= ids.max() < V:
       bad = ids.min() if ids.min() < 0 else ids.max()
       raise ValueError(f"document {number} holds id {bad}, outside the vocabulary of {V}")
     flat[start[number] + 1 : start[number + 1]] = ids
-  return Tokens(flat.astype(np.uint16 if V <= 1 << 16 else np.int32), start, eot)
+  return Tokens(flat, start, eot)
 
 
 class Rows(grain.MapDataset):
@@ -61,15 +61,15 @@ class Rows(grain.MapDataset):
     if isinstance(index, slice):
       return self.slice(index)
     epoch, row = divmod(index, len(self))
-    base, end = self._lay(epoch)
-    return _row(self._tokens, base, end, first=row * self._length, length=self._length)
+    base, edge = self._lay(epoch)
+    return _row(self._tokens, base, edge, first=row * self._length, length=self._length)
 
   def _lay(self, epoch: int):
-    """Returns, in the epoch's order, each document's place in flat and where it ends in the epoch.
+    """Returns each document's place in flat, in the epoch's order, and all edges in the epoch.
 
     The latest epoch's layout is kept; it follows from the arguments, whoever asks.
     """
-    known, base, end = self._layout
+    known, base, edge = self._layout
     if known != epoch:
       start = self._tokens.start
       order = np.arange(len(start) - 1)
@@ -77,18 +77,18 @@ class Rows(grain.MapDataset):
         # Raw bits and a stable sort: the same on every NumPy, unlike Generator.permutation.
         bits = np.random.PCG64([self._seed, epoch]).random_raw(len(order))
         order = np.argsort(bits, kind="stable")
-      base, end = start[:-1][order], np.cumsum(np.diff(start)[order])
-      self._layout = (epoch, base, end)
-    return base, end
+      base, edge = start[:-1][order], np.append(0, np.cumsum(np.diff(start)[order]))
+      self._layout = (epoch, base, edge)
+    return base, edge
 
 
-def _row(tokens: Tokens, base, end, *, first: int, length: int) -> Row:
+def _row(tokens: Tokens, base, edge, *, first: int, length: int) -> Row:
   """Returns positions first .. first + length of the epoch; past its end weights are 0."""
-  stop = min(first + length, int(end[-1]))
-  low, high = np.searchsorted(end, [first, stop - 1], side="right")
-  begin_of = np.concatenate([[0], end[:-1]])[low : high + 1] if low == 0 else end[low - 1 : high]
-  count = np.minimum(end[low : high + 1], stop) - np.maximum(begin_of, first)
-  place = np.repeat(base[low : high + 1] - begin_of, count) + np.arange(first, stop)
+  stop = min(first + length, int(edge[-1]))
+  low, high = np.searchsorted(edge, [first, stop - 1], side="right") - 1
+  begin, end = edge[low : high + 1], edge[low + 1 : high + 2]
+  count = np.minimum(end, stop) - np.maximum(begin, first)
+  place = np.repeat(base[low : high + 1] - begin, count) + np.arange(first, stop)
   real = stop - first
   token_L, target_L = (np.full(length, tokens.eot, np.int32) for _ in range(2))
   segment_L, weight_L = np.zeros(length, np.int32), np.zeros(length, np.float32)

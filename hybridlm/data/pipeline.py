@@ -62,11 +62,12 @@ class Corpus:
       raise ValueError(f"source {source!r} is not in the data spec; it has {', '.join(known)}")
     if source not in self._documents:
       self._documents[source] = sources.read(known[source])
-    found = sources.split(self._documents[source], split, rule=known[source].rule)
+    everything, rule = self._documents[source], known[source].rule
+    found = sources.split(everything, split, rule=rule)
     if not found:
       raise ValueError(
-        f"split {split!r} of source {source!r} is empty: "
-        f"it has {len(self._documents[source])} documents, split by {known[source].rule!r}"
+        f"split {split!r} of source {source!r} is empty: rule {rule!r} gives it none of the "
+        f"source's {len(everything)} documents"
       )
     return found
 

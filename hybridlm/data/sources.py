@@ -82,7 +82,7 @@ def fingerprint(documents: Sequence[Document]) -> str:
   """Returns a SHA-256 of every name and text, in order."""
   digest = hashlib.sha256()
   for document in documents:
-    for part in (document.name.encode(), document.text.encode()):
+    for part in (_name_bytes(document), document.text.encode()):
       digest.update(len(part).to_bytes(8, "little"))
       digest.update(part)
   return digest.hexdigest()
@@ -111,9 +111,10 @@ def _files(source: Source, suffix: str) -> list[tuple[str, pathlib.Path]]:
 
 def _decode(source: Source, path: pathlib.Path) -> str:
   """Returns a file's text, newlines as they are."""
-  data = path.read_bytes()
   try:
-    return data.decode("utf-8")
+    return path.read_bytes().decode("utf-8")
+  except OSError as error:
+    raise ValueError(f"source {source.name!r}: {path} cannot be read ({error.strerror})") from error
   except UnicodeDecodeError as error:
     raise ValueError(
       f"source {source.name!r}: {path} is not UTF-8 at byte {error.start} ({error.reason})"
@@ -138,8 +139,8 @@ def _field(line: str, field: str, place: str) -> str:
   """Returns the text field of one JSON line."""
   try:
     record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{place}: not JSON ({error})") from error
   if not isinstance(record, dict) or not isinstance(record.get(field), str):
     raise ValueError(f"{place}: not an object with a string under {field!r}")
   try:
@@ -168,12 +169,17 @@ def _stdlib(source: Source) -> Iterator[Document]:
       yield Document(name.as_posix(), _decode(source, path))
 
 
+def _name_bytes(document: Document) -> bytes:
+  # Python holds bytes of a file name that are not UTF-8 as surrogates.
+  return document.name.encode("utf-8", "surrogateescape")
+
+
 def _tenth(index: int, document: Document) -> int:
   return index % 10
 
 
 def _hash(index: int, document: Document) -> int:
-  return int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "little") % 10
+  return int.from_bytes(hashlib.sha256(_name_bytes(document)).digest()[:8], "little") % 10
 
 
 _READERS: dict[str, Callable[[Source], Iterator[Document]]] = {
