@@ -1,0 +1,1 @@
+"""Distillation losses, from hidden states and heads; they know no model."""

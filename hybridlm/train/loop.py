@@ -1,0 +1,213 @@
+"""The one training loop: steps, metrics, validation, checkpoints, and a guard against NaN."""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybridlm.train import checkpoint, metrics
+from hybridlm.train import state as states
+from hybridlm.train import step as steps_of
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+
+class NotFinite(ValueError, FloatingPointError):
+  """Training met NaN or infinity; the message names the step, the batch and the leaf."""
+
+
+class _Done(NamedTuple):
+  """One dispatched step: its number, where the data stood before its batch, and its results."""
+
+  number: int
+  position: str
+  metrics: dict[str, Any]
+  timing: metrics.Timing
+
+
+def run(
+  step: Callable[..., tuple[states.TrainState, dict[str, Any]]],
+  state: states.TrainState,
+  data: Any,
+  *,
+  steps: int,
+  frozen: Any = None,
+  workdir: str | pathlib.Path | None = None,
+  config: Mapping[str, Any] | None = None,
+  validate: Callable[[Any], Mapping[str, float]] | None = None,
+  log_every: int = 10,
+  validate_every: int = 0,
+  save_every: int = 0,
+  keep: int = 3,
+  progress: str = "bar",
+) -> tuple[states.TrainState, list[metrics.Record]]:
+  """Returns the state after `steps` updates and the history: all records, those of before a
+  restart included.
+
+  With a workdir the run goes on from its newest good checkpoint, and `metrics.jsonl` is cut back
+  to that step, so that no step is in it twice. Steps are dispatched without waiting for results;
+  those are looked at every `log_every` steps and before anything is saved.
+
+  Args:
+    step: from `make_step`; it donates `state`, which must not be used afterwards.
+    state: where to start if there is no checkpoint.
+    data: an iterator of batches with `get_state` and `set_state`.
+    steps: updates the run has made in the end, those before a restart included.
+    frozen: passed to every step, e.g. the teacher's parameters.
+    workdir: where checkpoints and metrics go; None keeps everything in memory.
+    config: saved with every checkpoint; one of another config is refused.
+    validate: metrics of the parameters, e.g. `make_eval(...)` with its other arguments bound.
+    log_every: steps a training record, which is their mean.
+    validate_every: steps between validations; 0: at the end only.
+    save_every: steps between checkpoints; 0: at the end only.
+    keep: checkpoints to hold on to.
+    progress: "bar", "auto" (on a terminal only) or "off".
+
+  Raises:
+    NotFinite: a loss, gradient, parameter or validation result is; nothing of it is saved.
+    ValueError: impossible arguments, data that ends early, checkpoints that cannot be used.
+  """
+  workdir = None if workdir is None else pathlib.Path(workdir)
+  _check(steps, log_every, validate_every, save_every, keep, workdir, progress)
+  states.check_apart(state, frozen)
+  state, history = _resume(state, data, workdir, config or {})
+  done = int(state.step)
+  if done > steps:
+    raise ValueError(f"{workdir} is at step {done} already, beyond the {steps} steps asked for")
+
+  def due(number, every):
+    return number == steps or (every > 0 and number % every == 0)
+
+  waiting: list[_Done] = []
+  with (
+    metrics.sinks(workdir, done=done, steps=steps, progress=progress) as sinks,
+    metrics.Stopwatch() as stopwatch,
+  ):
+    clock = time.perf_counter()
+    for number in range(done + 1, steps + 1):
+      state, result = _advance(step, state, frozen, data, number, stopwatch)
+      waiting.append(result)
+      checks = validate is not None and due(number, validate_every)
+      saves = workdir is not None and due(number, save_every)
+      if not (due(number, log_every) or checks or saves):
+        continue
+      records = [_summary(state.params, waiting, clock, fresh=waiting[0].number == done + 1)]
+      if checks:
+        records.append(_validation(validate, state.params, number))
+      for record in records:
+        history.append(record)
+        for sink in sinks:
+          sink.write(record)
+      if saves or number == steps:
+        _check_state(state, waiting[-1])
+      if saves:
+        position = data.get_state()
+        checkpoint.save(workdir / CHECKPOINTS, state, position=position, config=config or {},
+                        keep=keep)
+      waiting, clock = [], time.perf_counter()
+  return state, history
+
+
+def _check(steps, log_every, validate_every, save_every, keep, workdir, progress) -> None:
+  if steps < 1 or log_every < 1 or keep < 1:
+    raise ValueError(f"loop: steps={steps}, log_every={log_every} and keep={keep} must be positive")
+  if validate_every < 0 or save_every < 0:
+    raise ValueError(f"loop: validate_every={validate_every} and save_every={save_every} must not "
+                     "be negative")
+  if save_every and workdir is None:
+    raise ValueError(f"loop: save_every={save_every} needs a workdir to save in")
+  metrics.check_progress(progress)
+
+
+def _resume(state, data, workdir, config):
+  """Returns the state and history to go on from; moves the data to the saved position."""
+  if workdir is None:
+    return state, []
+  found = checkpoint.restore(workdir / CHECKPOINTS, state, config=config)
+  if found is not None:
+    state = found.state
+    data.set_state(found.position)
+  return state, metrics.truncate(workdir / METRICS, last=int(state.step))
+
+
+def _advance(step, state, frozen, data, number, stopwatch) -> tuple[states.TrainState, _Done]:
+  """Fetches a batch and dispatches a step; nothing waits for its result."""
+  position = json.dumps(data.get_state())
+  start = time.perf_counter()
+  try:
+    batch = next(data)
+  except StopIteration:
+    raise ValueError(f"the data ended before step {number}, at position {position}") from None
+  called = time.perf_counter()
+  state, results = step(state, frozen, batch)
+  returned = time.perf_counter()
+  timing = metrics.Timing(called - start, called, returned, stopwatch.ready(results))
+  return state, _Done(number, position, results, timing)
+
+
+def _summary(params, waiting: list[_Done], clock: float, *, fresh: bool) -> metrics.Record:
+  """Returns the record of the steps since the last one: means over their weights.
+
+  Raises:
+    NotFinite: of the first step that is.
+  """
+  values = jax.device_get([done.metrics for done in waiting])
+  times = metrics.durations([done.timing for done in waiting], fresh=fresh)
+  seconds = time.perf_counter() - clock - times.get("compile_seconds", 0.0)
+  for done, value in zip(waiting, values, strict=True):
+    if not value["finite"]:
+      raise NotFinite(f"step {done.number}: {_blame(params, value)} is not finite (loss "
+                      f"{value['loss']}, gradient norm {value['grad_norm']}); batch at position "
+                      f"{done.position}")
+  weights = [float(value["weight"]) for value in values]
+  names = [name for name in values[0] if name not in ("finite", "culprit", "weight")]
+  means = {
+    name: math.fsum(w * float(value[name]) for w, value in zip(weights, values, strict=True))
+    / math.fsum(weights)
+    for name in names
+  }
+  return {
+    "step": waiting[-1].number, "split": "train", **means,
+    "learning_rate": float(values[-1]["learning_rate"]),
+    "weight": math.fsum(weights),
+    "tokens_per_second": math.fsum(weights) / seconds,
+    **times,
+  }  # fmt: skip
+
+
+def _blame(params, value: Mapping[str, Any]) -> str:
+  """Returns what is not finite in one step, a leaf if there is one."""
+  if not value["weight"] > 0:
+    return f"the mean over a batch of weight {value['weight']}"
+  if value["culprit"] >= 0:
+    return steps_of.culprit(params, int(value["culprit"]))
+  return next(f"the metric {name}" for name in sorted(value) if not math.isfinite(value[name]))
+
+
+def _validation(validate, params, number: int) -> metrics.Record:
+  values = {name: float(value) for name, value in validate(params).items()}
+  for name, value in values.items():
+    if not math.isfinite(value):
+      raise NotFinite(f"step {number}: validation {name} is {value}")
+  return {"step": number, "split": "valid", **values}
+
+
+@jax.jit
+def _finite(leaves):
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+
+
+def _check_state(state, last: _Done) -> None:
+  """Raises unless every number of a state that is to be saved or returned is finite."""
+  names, leaves = zip(*states.named_leaves(state), strict=True)
+  good = jax.device_get(_finite(list(leaves)))
+  if not good.all():
+    name = names[int(good.argmin())]
+    raise NotFinite(f"step {last.number}: {name} is not finite after the update; batch at position "
+                    f"{last.position}")

@@ -1,0 +1,201 @@
+"""Where numbers go (JSON lines, TensorBoard, a progress bar), and how long things took."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import tensorboardX
+import tqdm
+
+from hybridlm.train import checkpoint
+
+Record = dict[str, Any]
+# name -> tqdm's `disable`; None shows the bar on a terminal only.
+PROGRESS: Mapping[str, bool | None] = {"bar": False, "auto": None, "off": True}
+
+
+class Sink(Protocol):
+  """Takes records: `step`, `split` ("train" or "valid") and numbers by name."""
+
+  def write(self, record: Record) -> None:
+    """Takes one record."""
+
+  def close(self) -> None:
+    """Flushes; nothing is written afterwards."""
+
+
+class JsonLines:
+  """One JSON object a line, flushed line by line."""
+
+  def __init__(self, path: str | os.PathLike):
+    self._file = open(path, "a", encoding="utf-8")
+
+  def write(self, record: Record) -> None:
+    """Appends one line."""
+    self._file.write(json.dumps(record, allow_nan=False) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+def read(path: str | os.PathLike, *, last: int | None = None) -> list[Record]:
+  """Returns the records of a JSON-lines file up to step `last`; an unfinished last line is dropped.
+
+  A file that does not exist holds no record.
+
+  Raises:
+    ValueError: a line that is not a record, other than an unfinished last one.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    return []
+  records = []
+  lines = path.read_text("utf-8").split("\n")[:-1]
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+      step = record["step"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{path}, line {number} is not a metrics record") from error
+    if last is None or step <= last:
+      records.append(record)
+  return records
+
+
+def truncate(path: str | os.PathLike, *, last: int) -> list[Record]:
+  """Returns the records up to step `last` and leaves only those in the file, in one rename."""
+  path = pathlib.Path(path)
+  records = read(path, last=last)
+  if path.is_file():
+    checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+  return records
+
+
+class TensorBoard:
+  """Scalars named `split/metric`; events of steps that are done again are hidden."""
+
+  def __init__(self, folder: str | os.PathLike, *, first_step: int):
+    purge = first_step if first_step > 1 else None
+    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+
+  def write(self, record: Record) -> None:
+    """Adds one scalar a number."""
+    for name, value in record.items():
+      if name not in ("step", "split"):
+        self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
+
+  def close(self) -> None:
+    """Flushes and closes the event file."""
+    self._writer.close()
+
+
+class Bar:
+  """A progress bar over steps with loss, real tokens a second and the time left."""
+
+  def __init__(self, *, done: int, steps: int, progress: str):
+    self._bar = tqdm.tqdm(
+      initial=done, total=steps, unit="step", dynamic_ncols=True, disable=PROGRESS[progress]
+    )
+    self._shown: dict[str, str] = {}
+
+  def write(self, record: Record) -> None:
+    """Moves to the record's step and shows its numbers."""
+    if record["split"] == "train":
+      self._shown["loss"] = f"{record['loss']:.4f}"
+      self._shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
+    elif "loss" in record:
+      self._shown["valid"] = f"{record['loss']:.4f}"
+    self._bar.set_postfix(self._shown, refresh=False)
+    self._bar.update(record["step"] - self._bar.n)
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    self._bar.close()
+
+
+def check_progress(progress: str) -> None:
+  """Raises unless `progress` is a name of `PROGRESS`."""
+  if progress not in PROGRESS:
+    raise ValueError(f"progress {progress!r} is not one of {', '.join(PROGRESS)}")
+
+
+@contextlib.contextmanager
+def sinks(
+  workdir: pathlib.Path | None, *, done: int, steps: int, progress: str
+) -> Iterator[list[Sink]]:
+  """Yields the sinks of a run that has `done` of its `steps` behind it, and closes them.
+
+  Without a workdir there is the bar alone; else `metrics.jsonl` and `tensorboard/` are written too.
+  """
+  with contextlib.ExitStack() as stack:
+    opened: list[Sink] = []
+    if workdir is not None:
+      workdir.mkdir(parents=True, exist_ok=True)
+      opened.append(stack.enter_context(contextlib.closing(JsonLines(workdir / "metrics.jsonl"))))
+      board = TensorBoard(workdir / "tensorboard", first_step=done + 1)
+      opened.append(stack.enter_context(contextlib.closing(board)))
+    bar = Bar(done=done, steps=steps, progress=progress)
+    opened.append(stack.enter_context(contextlib.closing(bar)))
+    yield opened
+
+
+class Timing(NamedTuple):
+  """When one step was called and its call returned, in seconds of `time.perf_counter`, and when
+  the device had finished it; and how long the host had waited for its batch."""
+
+  data_seconds: float
+  called: float
+  returned: float
+  ready: Any
+
+
+class Stopwatch:
+  """Notes when results are ready without holding up whoever dispatches them."""
+
+  def __init__(self):
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, "stopwatch")
+
+  def __enter__(self) -> "Stopwatch":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._pool.shutdown()
+
+  def ready(self, arrays: Any) -> concurrent.futures.Future:
+    """Returns a future of the time at which the arrays are computed."""
+    return self._pool.submit(_when_ready, arrays)
+
+
+def _when_ready(arrays: Any) -> float:
+  jax.block_until_ready(arrays)
+  return time.perf_counter()
+
+
+def durations(timings: list[Timing], *, fresh: bool) -> Record:
+  """Returns mean seconds a step: `data_seconds` the host waited for batches, `device_seconds` the
+  device computed (a step starts when it is called or the one before is done, whichever is later).
+
+  Args:
+    timings: consecutive steps.
+    fresh: the first of them compiled; its call then counts as `compile_seconds` alone.
+  """
+  device, free = 0.0, 0.0
+  for number, timing in enumerate(timings):
+    start = timing.returned if fresh and number == 0 else timing.called
+    end = timing.ready.result()
+    device += max(0.0, end - max(start, free))
+    free = end
+  count = len(timings)
+  out = {"data_seconds": sum(t.data_seconds for t in timings) / count,
+         "device_seconds": device / count}
+  if fresh:
+    out["compile_seconds"] = timings[0].returned - timings[0].called
+  return out
