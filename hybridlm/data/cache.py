@@ -34,7 +34,7 @@ def get(
 
 def _read(path: pathlib.Path) -> packing.Tokens:
   try:
-    with np.load(path, allow_pickle=False) as kept:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
       return packing.Tokens(kept["flat"], kept["start"], int(kept["eot"]))
   except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
     raise ValueError(f"{path} is damaged: remove it and the ids are made anew") from error

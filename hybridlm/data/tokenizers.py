@@ -5,7 +5,7 @@ import importlib.resources
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -17,6 +17,7 @@ _CHARACTERS = 1 << 22
 _PROBE = "Probe's text\r\n\n  12\t\u00e9e\u0301 \u6f22 \U0001f642  "
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """What the pipeline asks of a tokenizer.
 
@@ -36,7 +37,7 @@ class Tokenizer(Protocol):
   def encode_all(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
     """Returns the ids of every text, the same as one by one."""
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsInt]) -> str:
     """Returns the text of ids; eot is left out, broken UTF-8 becomes U+FFFD."""
 
 
@@ -58,7 +59,7 @@ class Bytes:
     """Returns the bytes of every text."""
     return [self.encode(text) for text in texts]
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsInt]) -> str:
     """Returns the text of ids; ids that are no byte are left out."""
     return bytes(int(i) for i in _checked(ids, self.V) if i < 256).decode("utf-8", "replace")
 
@@ -85,7 +86,8 @@ class Bpe:
       raise ValueError(f"{place} uses ids up to {largest}, eot included; V = {V} is too few")
     self.byte_lengths_V = _byte_lengths(self._inner, self.V, self.eot)
     found = self.encode(_PROBE)
-    if self.byte_lengths_V[found].sum() != len(_PROBE.encode()) or self.eot in found:
+    kept = self.byte_lengths_V[found].sum() == len(_PROBE.encode())
+    if not kept or self.decode(found) != _PROBE:
       raise ValueError(f"{place} does not keep every byte of a text")
     canonical = json.dumps([json.loads(text), self.V, self.eot], sort_keys=True)
     self.fingerprint = "bpe-" + hashlib.sha256(canonical.encode()).hexdigest()
@@ -102,7 +104,7 @@ class Bpe:
       ids.extend(np.array(f.ids, np.int32) for f in found)
     return ids
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsInt]) -> str:
     """Returns the text of ids; eot and ids without text are left out."""
     known = [i for i in _checked(ids, self.V) if self.byte_lengths_V[i]]
     return self._inner.decode(known, skip_special_tokens=False)
@@ -215,7 +217,7 @@ def _portions(texts: Sequence[str]) -> Iterable[list[str]]:
     yield few
 
 
-def _checked(ids: Iterable[int], V: int) -> list[int]:
+def _checked(ids: Iterable[SupportsInt], V: int) -> list[int]:
   """Returns ids as a list, or says which is outside the vocabulary."""
   ids = [int(i) for i in ids]
   for i in ids:
