@@ -54,12 +54,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.pattern = ""  # one character a block: M Mamba-2, * attention, - MLP
   for letter in "VDFKJEGHPNW":
     c.model[letter] = config_dict.placeholder(int)  # V unset: as many rows as the tokenizer has ids
-  c.model.activation = "relu2"
-  c.model.norm = "rmsnorm"
-  c.model.tied = False
-  c.model.dtype = "float32"
-  c.model.remat = "none"
-  c.model.ssd = config_dict.placeholder(str)
+  # Unset: what `hybridlm.ModelConfig` and its blocks take, or the preset.
+  for name in ("activation", "norm", "dtype", "remat", "ssd", "attention"):
+    c.model[name] = config_dict.placeholder(str)
+  c.model.tied = config_dict.placeholder(bool)
   c.model.chunk = config_dict.placeholder(int)
 
   c.teacher = training(steps=1000, peak=3e-3)
@@ -67,10 +65,14 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.calibrate = ml_collections.ConfigDict()
   c.calibrate.estimator = "activation"
+  c.calibrate.axes = "HPFDJ"
   c.calibrate.depth = config_dict.placeholder(str)  # "kl" or "influence" also scores whole blocks
   c.calibrate.split = "train"
   c.calibrate.batches = 16
   c.calibrate.batch = 8
+
+  c.plan = ml_collections.ConfigDict()
+  c.plan.path = ""  # a manifest to replay on the same teacher, with every target unset
 
   c.targets = ml_collections.ConfigDict()
   # Sizes of the small model; unset: the parent's. `blocks` is how many blocks stay.

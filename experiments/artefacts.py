@@ -110,6 +110,16 @@ def save_model(folder: pathlib.Path, cfg: ModelConfig, params: Mapping[str, Any]
   write_json(folder / MODEL[0], cfg.to_dict())
 
 
+def load_model_config(folder: pathlib.Path) -> ModelConfig:
+  """Returns the config of the model a folder holds.
+
+  Raises:
+    FileNotFoundError: the folder holds no model.
+    ValueError: it is not a model's config.
+  """
+  return ModelConfig.from_dict(read_json(folder / MODEL[0]))
+
+
 def load_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
   """Returns the config and the parameters a folder holds.
 
@@ -117,7 +127,7 @@ def load_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     FileNotFoundError: the folder holds no model.
     ValueError: a file is damaged, or the parameters are not the config's tree.
   """
-  cfg = ModelConfig.from_dict(read_json(folder / MODEL[0]))
+  cfg = load_model_config(folder)
   path = folder / MODEL[1]
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file")

@@ -77,10 +77,6 @@ def parse(argv: Sequence[str]) -> Job | None:
     ValueError: an unknown flag or config key, or a value of another type.
   """
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, "Config: a file, looked for here first, then among those installed.",
-    flag_values=values, lock_config=True,
-  )  # fmt: skip
   flags.DEFINE_string(
     "workdir", None, "Where artefacts and the report go; default workdir/NAME.", flag_values=values
   )
@@ -93,11 +89,18 @@ def parse(argv: Sequence[str]) -> Job | None:
   )
   flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
   if {"--help", "-h"} & set(argv):
+    print(f"--config=FILE: one of {', '.join(installed())}, or your own; --config.KEY=VALUE")
     print(values.get_help())
     return None
-  argv = _with_config(argv)
+  given = [arg for arg in argv if arg.partition("=")[0] == "--config"]
+  if len(given) != 1 or not given[0].partition("=")[2]:
+    raise ValueError(f"give one --config=FILE; installed: {', '.join(installed())}")
+  config = runpy.run_path(str(find(given[0].partition("=")[2])))["get_config"]()
+  _check_keys(argv, config)
+  others = [arg for arg in argv if arg != given[0]]
+  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=others)
   try:
-    rest = values(argv)[1:]
+    rest = values(others)[1:]
   except flags.Error as error:
     raise ValueError(str(error)) from error
   if rest:
@@ -105,16 +108,6 @@ def parse(argv: Sequence[str]) -> Job | None:
   workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
   cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
   return Job(values.config, workdir, cache, values.dry_run)
-
-
-def _with_config(argv: Sequence[str]) -> list[str]:
-  """Returns the arguments with the config's file found and every override's key checked."""
-  given = [arg for arg in argv if arg.partition("=")[0] in ("--config", "-config")]
-  if len(given) != 1 or not given[0].partition("=")[2]:
-    raise ValueError(f"give one --config=FILE; installed: {', '.join(installed())}")
-  path = find(given[0].partition("=")[2])
-  _check_keys(argv, runpy.run_path(str(path))["get_config"]())
-  return [f"--config={path}" if arg == given[0] else arg for arg in argv]
 
 
 def find(name: str) -> pathlib.Path:

@@ -1,0 +1,20 @@
+"""The whole job: teacher, scores, plan, cut, distillation, baselines, evaluation, report.
+
+python -m experiments.distill --config=configs/quickstart.py [--workdir=...] [--config.KEY=VALUE]
+"""
+
+from experiments import cli, pipeline
+
+
+def main(job: cli.Job) -> None:
+  """Runs every stage that is not done and prints the report's table."""
+  folders = pipeline.execute(job)
+  if folders:
+    path = folders["report"] / "report.md"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    print("\n".join(line for line in lines[: lines.index("## What was kept")] if line))
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+  cli.start(main)

@@ -1,0 +1,99 @@
+"""Numbers of the report: bits per byte, distance to the teacher, n-grams, speed on this machine."""
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import hybridlm
+from hybridlm.config import ModelConfig
+from hybridlm.data.pipeline import Batch, Corpus
+from hybridlm.eval import ngram
+from hybridlm.train import step
+
+Model = tuple[ModelConfig, Mapping[str, Any]]
+
+
+def text_bytes(batches: Sequence[Batch], byte_lengths_V: np.ndarray) -> int:
+  """Returns the UTF-8 bytes that the predicted tokens of batches stand for."""
+  return sum(
+    int((byte_lengths_V[batch["target_BL"]] * (batch["weight_BL"] > 0)).sum()) for batch in batches
+  )
+
+
+def quality(
+  student: Model, teacher: Model, batches: Sequence[Batch], byte_lengths_V: np.ndarray
+) -> dict[str, float]:
+  """Returns how well a model predicts, and how close it is to its teacher.
+
+  Returns:
+    "ce" (nats a token), "bits_per_byte", "accuracy", "agreement" (share of tokens where both
+    models rank the same token first), "kl" (teacher ‖ student, nats a token), "tokens", "bytes".
+  """
+  (cfg, params), (teacher_cfg, teacher_params) = student, teacher
+  sums = hybridlm.distillation_loss(cfg, teacher_cfg)
+  means = step.make_eval(sums)(params, teacher_params, batches)
+  size = text_bytes(batches, byte_lengths_V)
+  return {
+    "ce": means["ce"],
+    "bits_per_byte": means["ce"] * means["weight"] / math.log(2) / size,
+    "accuracy": means["correct"],
+    "agreement": means["agree"],
+    "kl": means["kl"],
+    "tokens": int(means["weight"]),
+    "bytes": size,
+  }
+
+
+def ngrams(
+  corpus: Corpus, *, train: Sequence[str], test: Mapping[str, str], split: str, order: int
+) -> dict[str, list[float]]:
+  """Returns bits per byte of Witten–Bell n-grams of orders 1, 2, .., by the name of a test.
+
+  Args:
+    corpus: where the texts are.
+    train: sources whose training split is counted.
+    test: name -> source whose split is predicted, all of it.
+    split: the split that is predicted.
+    order: the largest.
+  """
+  texts = [document.text for source in train for document in corpus.documents(source, "train")]
+  counted = ngram.fit(texts, order=order)
+  return {
+    name: ngram.bits_per_byte(
+      counted, [document.text for document in corpus.documents(source, split)]
+    ).tolist()
+    for name, source in test.items()
+  }
+
+
+def forward_speed(models: Mapping[str, Model], batch: Batch, *, repeats: int) -> dict[str, float]:
+  """Returns tokens a second of the forward pass and its loss, the median of interleaved repeats.
+
+  The models take turns, so that whatever else the machine does slows all of them alike.
+  """
+  run = {name: jax.jit(hybridlm.language_loss(cfg)) for name, (cfg, _) in models.items()}
+  seconds: dict[str, list[float]] = {name: [] for name in models}
+  for turn in range(repeats + 1):
+    for name, (_, params) in models.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run[name](params, None, batch))
+      if turn:  # the first turn compiles
+        seconds[name].append(time.perf_counter() - start)
+  tokens = batch["token_BL"].size
+  return {name: tokens / statistics.median(times) for name, times in seconds.items()}
+
+
+def machine() -> str:
+  """Returns the machine in words: devices, cores, architecture and JAX version."""
+  kinds = sorted({device.device_kind for device in jax.devices()})
+  cores = f", {len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else ""
+  return (
+    f"{jax.device_count()} × {'/'.join(kinds)}{cores}, {platform.machine()}, JAX {jax.__version__}"
+  )

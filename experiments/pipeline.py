@@ -1,0 +1,409 @@
+"""The stages of the main job: teacher, scores, plan, cut, distillation, baselines, evaluation."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import hybridlm
+from experiments import artefacts, evaluation, report, settings, stages, training
+from experiments.cli import Job
+from experiments.stages import Inputs, Stage
+from hybridlm import api, config
+from hybridlm.config import ModelConfig
+from hybridlm.data import pipeline as data
+from hybridlm.prune.plan import Plan
+from hybridlm.prune.scores import Scores
+
+# Keys of a training run that change how it is watched and saved, not what comes out.
+WATCHING = ("validate_every", "validate_batches", "save_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """Everything a config describes, built and checked; nothing of it has computed yet.
+
+  Attributes:
+    c: the config.
+    cache: folder that workdirs share.
+    corpus: the text.
+    cfg: the teacher.
+    small: the config that the targets leave (which blocks stay is decided by scores).
+    grid: the devices.
+  """
+
+  c: ConfigDict
+  cache: pathlib.Path
+  corpus: data.Corpus
+  cfg: ModelConfig
+  small: ModelConfig
+  grid: Mesh
+
+  @property
+  def inside(self) -> str:
+    """The source models are trained and compared on."""
+    return self.c.evaluate.inside
+
+  @property
+  def tests(self) -> dict[str, str]:
+    """What is evaluated: "inside" and "outside" -> source."""
+    return {"inside": self.c.evaluate.inside, "outside": self.c.evaluate.outside}
+
+  def train_batches(self, run: ConfigDict, seed: int) -> data.Batches:
+    """Returns the endless batches of a training run."""
+    return data.train_batches(self.corpus, batch=run.batch, length=self.c.data.length, seed=seed)
+
+  def train_data(self, run: ConfigDict, seed: int) -> str:
+    """Returns the fingerprint of `train_batches`."""
+    return data.train_fingerprint(
+      self.corpus, batch=run.batch, length=self.c.data.length, seed=seed
+    )
+
+  def held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> list[data.Batch]:
+    """Returns batches of a split in order, at most `limit`."""
+    return data.eval_batches(self.corpus, **self._held_out(source, split, run, limit))
+
+  def held_out_data(self, source: str, split: str, run: ConfigDict, limit: int) -> str:
+    """Returns the fingerprint of `held_out`."""
+    return data.eval_fingerprint(self.corpus, **self._held_out(source, split, run, limit))
+
+  def _held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> dict[str, Any]:
+    return {
+      "source": source, "split": split, "batch": run.batch, "length": self.c.data.length,
+      "limit": limit,
+    }  # fmt: skip
+
+
+def setup(job: Job) -> Setup:
+  """Returns what a job's config describes.
+
+  Raises:
+    FileNotFoundError: text, tokenizer, teacher or plan that is not there.
+    ValueError: values that cannot go together, text that is empty or not UTF-8.
+  """
+  c = job.config
+  corpus = settings.corpus(c, folder=job.cache / "tokens")
+  if c.teacher.path:
+    cfg = artefacts.load_model_config(pathlib.Path(c.teacher.path))
+    settings.check_vocabulary(c, cfg, corpus.tokenizer.V)
+  else:
+    cfg = settings.model(c, corpus.tokenizer.V)
+  grid = settings.mesh(c)
+  settings.check(c, grid)
+  wanted = settings.targets(c)
+  if c.plan.path:
+    small = settings.replayed(cfg, c.plan.path, wanted)
+  else:
+    small = settings.small(cfg, wanted)
+  return Setup(c, job.cache, corpus, cfg, small, grid)
+
+
+def build(s: Setup) -> list[Stage]:
+  """Returns the stages of the main job, in order."""
+  made = [
+    _teacher(s), _calibrate(s), _plan(s), _cut(s), _ngrams(s),
+    _evaluate(s, "evaluate_cut", {"teacher": "teacher", "pruned": "cut"}), _distil(s),
+  ]  # fmt: skip
+  trained = {"distilled": "distil"}
+  if s.c.scratch.run == "same":
+    made.append(_scratch(s))
+    trained["scratch"] = "scratch"
+  made = [stage for stage in made if stage is not None]
+  made.append(_evaluate(s, "evaluate_end", trained))
+  return [*made, _report(s, made)]
+
+
+def until(made: list[Stage], *names: str) -> list[Stage]:
+  """Returns the named stages and everything they need, in order."""
+  wanted = set(names)
+  for stage in reversed(made):
+    if stage.name in wanted:
+      wanted |= set(stage.needs)
+  return [stage for stage in made if stage.name in wanted]
+
+
+def _recipe(run: ConfigDict) -> dict[str, Any]:
+  """Returns the values of a training run that decide its result."""
+  return {key: value for key, value in settings.plain(run).items() if key not in WATCHING}
+
+
+def _teacher(s: Setup) -> Stage:
+  run = s.c.teacher
+  if run.path:
+    source = pathlib.Path(run.path)
+
+    def load(folder: pathlib.Path, inputs: Inputs) -> None:
+      artefacts.load_model(source)
+      for name in artefacts.MODEL:
+        shutil.copyfile(source / name, folder / name)
+
+    files = {name: artefacts.file_hash(source / name) for name in artefacts.MODEL}
+    return Stage("teacher", {"files": files}, load)
+
+  def pretrain(folder: pathlib.Path, inputs: Inputs) -> None:
+    recipe = training.Recipe(
+      cfg=s.cfg, params=hybridlm.init(s.cfg, seed=s.c.seed),
+      loss_fn=hybridlm.language_loss(s.cfg), frozen=None,
+      train=s.train_batches(run, s.c.seed),
+      valid=s.held_out(s.inside, "valid", run, run.validate_batches),
+    )  # fmt: skip
+    training.train(folder, recipe, run, s.grid)
+
+  values = {
+    "model": s.cfg.to_dict(), "training": _recipe(run), "seed": s.c.seed,
+    "data": s.train_data(run, s.c.seed),
+  }  # fmt: skip
+  return Stage("teacher", values, pretrain, home=s.cache)
+
+
+def _calibrate(s: Setup) -> Stage:
+  run = s.c.calibrate
+  fingerprint = s.held_out_data(s.inside, run.split, run, run.batches)
+
+  def calibrate(folder: pathlib.Path, inputs: Inputs) -> None:
+    cfg, params = artefacts.load_model(inputs["teacher"])
+    scores = hybridlm.calibrate(
+      cfg, params, s.held_out(s.inside, run.split, run, run.batches), estimator=run.estimator,
+      axes=run.axes, depth=run.depth, data=fingerprint, seed=s.c.seed,
+    )  # fmt: skip
+    scores.save(folder / "scores.npz")
+
+  values = {
+    "estimator": run.estimator, "axes": run.axes, "depth": run.depth, "data": fingerprint,
+    "seed": s.c.seed,
+  }  # fmt: skip
+  return Stage("calibrate", values, calibrate, needs=("teacher",))
+
+
+def _plan(s: Setup) -> Stage:
+  wanted, path = settings.targets(s.c), s.c.plan.path
+  if path:
+
+    def replay(folder: pathlib.Path, inputs: Inputs) -> None:
+      cfg, params = artefacts.load_model(inputs["teacher"])
+      plan = Plan.load(path)
+      hybridlm.mask(cfg, params, plan)
+      plan.save(folder / "plan.json")
+
+    manifest = {"manifest": artefacts.file_hash(pathlib.Path(path))}
+    return Stage("plan", manifest, replay, needs=("teacher", "calibrate"))
+
+  def plan(folder: pathlib.Path, inputs: Inputs) -> None:
+    cfg = artefacts.load_model_config(inputs["teacher"])
+    scores = Scores.load(inputs["calibrate"] / "scores.npz")
+    hybridlm.plan(cfg, scores, wanted).save(folder / "plan.json")
+
+  return Stage("plan", {"targets": wanted}, plan, needs=("teacher", "calibrate"))
+
+
+def _cut(s: Setup) -> Stage:
+  def cut(folder: pathlib.Path, inputs: Inputs) -> None:
+    cfg, params = artefacts.load_model(inputs["teacher"])
+    plan = Plan.load(inputs["plan"] / "plan.json")
+    small_cfg, small = hybridlm.cut(cfg, params, plan)
+    artefacts.save_model(folder, small_cfg, small)
+    error = api.verify(cfg, params, plan, small_cfg, small)
+    artefacts.write_json(folder / "verified.json", {"masked_against_cut": error})
+
+  return Stage("cut", {}, cut, needs=("teacher", "plan"))
+
+
+def _ngrams(s: Setup) -> Stage | None:
+  order = s.c.evaluate.ngram
+  if order == 0:
+    return None
+  mixed = sorted({name for _, weights in s.corpus.phases for name, _ in weights})
+
+  def count(folder: pathlib.Path, inputs: Inputs) -> None:
+    found = evaluation.ngrams(
+      s.corpus, train=mixed, test=s.tests, split=s.c.evaluate.split, order=order
+    )
+    artefacts.write_json(folder / "ngrams.json", found)
+
+  values = {
+    "order": order,
+    "train": [s.corpus.fingerprint(name, "train") for name in mixed],
+    "test": {
+      key: s.corpus.fingerprint(name, s.c.evaluate.split) for key, name in s.tests.items()
+    },
+  }
+  return Stage("ngrams", values, count, home=s.cache)
+
+
+def _evaluate(s: Setup, name: str, models: Mapping[str, str]) -> Stage:
+  """Returns a stage that measures models (name in the report -> stage that made it)."""
+  run = s.c.evaluate
+
+  def evaluate(folder: pathlib.Path, inputs: Inputs) -> None:
+    teacher = artefacts.load_model(inputs["teacher"])
+    loaded = {key: artefacts.load_model(inputs[stage]) for key, stage in models.items()}
+    batches = {
+      key: s.held_out(source, run.split, run, run.batches) for key, source in s.tests.items()
+    }
+    speed = evaluation.forward_speed(loaded, batches["inside"][0], repeats=run.speed_repeats)
+    lengths = s.corpus.tokenizer.byte_lengths_V
+    results = {}
+    for key, model in loaded.items():
+      results[key] = {
+        test: evaluation.quality(model, teacher, found, lengths) for test, found in batches.items()
+      } | {
+        "parameters": config.parameters(model[0]),
+        "forward_tokens_per_second": speed[key],
+        "machine": evaluation.machine(),
+      }
+    artefacts.write_json(folder / "results.json", results)
+
+  values = {
+    key: s.held_out_data(source, run.split, run, run.batches) for key, source in s.tests.items()
+  } | {"speed_repeats": run.speed_repeats}
+  needs = dict.fromkeys(("teacher", *models.values()))
+  return Stage(name, values, evaluate, needs=tuple(needs))
+
+
+def _distil(s: Setup) -> Stage:
+  run = s.c.distil
+  loss = {"temperature": run.temperature, "kl": run.kl, "ce": run.ce}
+
+  def distil(folder: pathlib.Path, inputs: Inputs) -> None:
+    teacher_cfg, teacher = artefacts.load_model(inputs["teacher"])
+    cfg, params = artefacts.load_model(inputs["cut"])
+    recipe = training.Recipe(
+      cfg=cfg, params=params, loss_fn=hybridlm.distillation_loss(cfg, teacher_cfg, **loss),
+      frozen=teacher, train=s.train_batches(run, s.c.seed + 1),
+      valid=s.held_out(s.inside, "valid", run, run.validate_batches),
+    )  # fmt: skip
+    training.train(folder, recipe, run, s.grid)
+
+  values = {"training": _recipe(run), "data": s.train_data(run, s.c.seed + 1)}
+  return Stage("distil", values, distil, needs=("teacher", "cut"))
+
+
+def _scratch(s: Setup) -> Stage:
+  """The small config trained on the tokens distillation saw, from its own initialisation."""
+  run, peak = s.c.distil, s.c.scratch.peak
+  # Sizes follow from targets; only which blocks stay is known after the cut.
+  needs = ("cut",) if s.c.targets.blocks is not None or s.c.plan.path else ()
+
+  def scratch(folder: pathlib.Path, inputs: Inputs) -> None:
+    cfg = artefacts.load_model_config(inputs["cut"]) if needs else s.small
+    recipe = training.Recipe(
+      cfg=cfg, params=hybridlm.init(cfg, seed=s.c.seed + 1),
+      loss_fn=hybridlm.language_loss(cfg), frozen=None,
+      train=s.train_batches(run, s.c.seed + 1),
+      valid=s.held_out(s.inside, "valid", run, run.validate_batches),
+    )  # fmt: skip
+    training.train(folder, recipe, run, s.grid, peak=peak)
+
+  own = ("temperature", "kl", "ce", "peak")
+  values = {
+    "training": {key: value for key, value in _recipe(run).items() if key not in own},
+    "peak": peak, "seed": s.c.seed + 1, "data": s.train_data(run, s.c.seed + 1),
+    "model": None if needs else s.small.to_dict(),
+  }  # fmt: skip
+  return Stage("scratch", values, scratch, needs=needs)
+
+
+def _report(s: Setup, made: list[Stage]) -> Stage:
+  names = tuple(stage.name for stage in made)
+
+  def write(folder: pathlib.Path, inputs: Inputs) -> None:
+    results = {
+      name: result for key in ("evaluate_cut", "evaluate_end")
+      for name, result in artefacts.read_json(inputs[key] / "results.json").items()
+    }  # fmt: skip
+    runs = {"teacher": "teacher", "distilled": "distil", "scratch": "scratch"}
+    logs = {
+      name: artefacts.read_json(inputs[stage] / "log.json") for name, stage in runs.items()
+      if stage in inputs and (inputs[stage] / "log.json").is_file()
+    }  # fmt: skip
+    ngrams = {}
+    if "ngrams" in inputs:
+      ngrams = artefacts.read_json(inputs["ngrams"] / "ngrams.json")
+    report.write(
+      folder, title=f"hybridlm: {s.c.name}", results=results, ngrams=ngrams, logs=logs,
+      scores=Scores.load(inputs["calibrate"] / "scores.npz"),
+      plan=Plan.load(inputs["plan"] / "plan.json"), facts=_facts(s, inputs, logs, results),
+    )  # fmt: skip
+
+  return Stage("report", {"name": s.c.name}, write, needs=names)
+
+
+def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:
+  """Returns what a reader needs to know beside the table."""
+  small = artefacts.load_model_config(inputs["cut"])
+  error = artefacts.read_json(inputs["cut"] / "verified.json")["masked_against_cut"]
+  measured = results["distilled"]["inside"]
+  facts = {
+    "Teacher": report.sizes(s.cfg),
+    "Small model": report.sizes(small),
+    "Scores": f"estimator `{s.c.calibrate.estimator}` on {s.c.calibrate.batches} × "
+              f"{s.c.calibrate.batch} rows of {s.c.data.length} tokens",
+    "Verified": f"masked and cut logits differ by at most {error:.1e} of the largest",
+    "Measured on": f"{measured['tokens']:,} tokens ({measured['bytes']:,} bytes) of the "
+                   f"{s.c.evaluate.split} split in domain",
+  }
+  for name, log in logs.items():
+    made = log["summary"]
+    facts[f"Training, {report.NAMES[name]}"] = (
+      f"{made['steps']} steps, {made['tokens']:,} tokens in {made['seconds']:.0f} s on "
+      f"{made['machine']}"
+    )
+  facts["Forward speed measured on"] = results["distilled"]["machine"]
+  return facts
+
+
+def dry_run(s: Setup, made: list[Stage], workdir: pathlib.Path) -> str:
+  """Returns what a run would do: stages and why, sizes, parameters and memory. Computes nothing."""
+  lines = ["stages:", *("  " + line for line in stages.describe(stages.survey(made, workdir)))]
+  rows = []
+  for name, cfg in (("teacher", s.cfg), ("small model", s.small)):
+    cost = hybridlm.cost(cfg, context=s.c.data.length, batch=s.c.evaluate.batch)
+    count = cost.parameters
+    rows.append([
+      name, f"{count:,}", _megabytes(4 * count), _megabytes(16 * count),
+      _megabytes(cost.kv_bytes + cost.conv_bytes + cost.ssm_bytes),
+      f"{cost.prefill_flops / 1e6:,.1f}",
+    ])  # fmt: skip
+    lines.append(f"{name}: {report.sizes(cfg)}")
+  teacher, small = config.parameters(s.cfg), config.parameters(s.small)
+  lines.append(f"the small model keeps {small / teacher:.1%} of the parameters")
+  header = ["model", "parameters", "weights MB", "training MB", "decode state MB", "MFLOP/token"]
+  notes = (
+    "training MB: float32 weights, gradients and AdamW's two moments; distillation adds the "
+    f"teacher's weights; activations are not in it. Decode state: {s.c.evaluate.batch} sequences "
+    f"of {s.c.data.length} tokens."
+  )
+  return "\n".join([*lines, report.table(header, rows), notes])
+
+
+def _megabytes(count: int) -> str:
+  return f"{count / 1e6:,.1f}"
+
+
+def execute(job: Job, *names: str) -> dict[str, pathlib.Path]:
+  """Runs the named stages and what they need, or says what that would do; returns the folders.
+
+  Args:
+    job: what the command line asks for.
+    *names: stages; none means all of them.
+
+  Raises:
+    ValueError: bad input; the workdir is as it was.
+    FileNotFoundError: the same, where a file is missing.
+  """
+  s = setup(job)
+  made = build(s)
+  made = until(made, *names) if names else made
+  stages.claim(job.workdir, s.c.name)
+  if job.dry_run:
+    print(dry_run(s, made, job.workdir))
+    return {}
+  return stages.run(made, job.workdir, name=s.c.name, say=_say)
+
+
+def _say(line: str) -> None:
+  print(f"[hybridlm] {line}", flush=True)

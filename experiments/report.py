@@ -1,0 +1,151 @@
+"""The report: what each model is worth, in a table, in words, and in pictures."""
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import artefacts, plots
+from hybridlm import config
+from hybridlm.config import ModelConfig
+from hybridlm.prune.plan import Plan
+from hybridlm.prune.scores import Scores
+
+NAMES = {
+  "teacher": "teacher",
+  "pruned": "pruned",
+  "distilled": "pruned + distilled",
+  "scratch": "same size from scratch",
+}
+HEADER = (
+  "model", "parameters", "bits/byte in domain", "bits/byte out of domain", "top-1 agreement",
+  "KL to teacher (nats)", "training tokens/s", "forward tokens/s",
+)  # fmt: skip
+
+
+def recovery(results: Mapping[str, Any]) -> float:
+  """Returns the share of the in-domain loss gap, opened by pruning, that distillation closed."""
+  teacher, pruned, distilled = (
+    results[name]["inside"]["ce"] for name in ("teacher", "pruned", "distilled")
+  )
+  return (pruned - distilled) / (pruned - teacher) if pruned != teacher else math.nan
+
+
+def row(name: str, result: Mapping[str, Any], training: Mapping[str, Any] | None) -> list[str]:
+  """Returns one model's cells of the table, as `HEADER` orders them."""
+  inside, outside = result["inside"], result["outside"]
+  return [
+    NAMES[name],
+    f"{result['parameters']:,}",
+    f"{inside['bits_per_byte']:.3f}",
+    f"{outside['bits_per_byte']:.3f}",
+    f"{inside['agreement']:.1%}",
+    f"{inside['kl']:.4f}",
+    f"{training['tokens_per_second']:,.0f}" if training else "–",
+    f"{result['forward_tokens_per_second']:,.0f}",
+  ]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a Markdown table, numbers to the right."""
+  lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdicts(results: Mapping[str, Any], ngrams: Mapping[str, Sequence[float]]) -> list[str]:
+  """Returns what the numbers say, one sentence each, whichever way it went."""
+  bits = {name: result["inside"]["bits_per_byte"] for name, result in results.items()}
+  lines = []
+  if len(ngrams.get("inside", ())) >= 4:
+    fourth = ngrams["inside"][3]
+    verb = "beats" if bits["teacher"] < fourth else "does not beat"
+    lines.append(f"The teacher ({bits['teacher']:.3f} bits a byte) {verb} a byte 4-gram "
+                 f"({fourth:.3f}).")
+  lines.append(f"Pruning costs {bits['pruned'] - bits['teacher']:.3f} bits a byte; distillation "
+               f"brings back {bits['pruned'] - bits['distilled']:.3f} of it: "
+               f"{recovery(results):.1%} of the loss gap.")
+  if "scratch" in results:
+    verb = "beats" if bits["distilled"] < bits["scratch"] else "does not beat"
+    lines.append(f"Distilled ({bits['distilled']:.3f}) {verb} the same size trained from scratch "
+                 f"on as many tokens ({bits['scratch']:.3f}).")
+  return lines
+
+
+def ngram_table(ngrams: Mapping[str, Sequence[float]]) -> str:
+  """Returns the baselines' bits per byte, one row an order."""
+  columns = [key for key in ("inside", "outside") if key in ngrams]
+  rows = [
+    [f"byte {order}-gram", *(f"{ngrams[key][order - 1]:.3f}" for key in columns)]
+    for order in range(1, len(ngrams[columns[0]]) + 1)
+  ]
+  names = {"inside": "bits/byte in domain", "outside": "bits/byte out of domain"}
+  return table(["Witten–Bell", *(names[key] for key in columns)], rows)
+
+
+def sizes(cfg: ModelConfig) -> str:
+  """Returns a model in one line: pattern and, for each letter, the sizes its blocks have."""
+  found: dict[str, set[int]] = {}
+  for index in range(len(cfg.blocks)):
+    for letter, size in cfg.sizes(index).items():
+      found.setdefault(letter, set()).add(size)
+  text = " ".join(f"{letter}={'/'.join(map(str, sorted(s)))}" for letter, s in found.items())
+  return f"`{cfg.pattern}` {text}, {config.parameters(cfg):,} parameters"
+
+
+def _curve_panels(logs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[plots.Curve]]:
+  panels: dict[str, list[plots.Curve]] = {}
+  titles = {"teacher": "teacher", "distilled": "small model", "scratch": "small model"}
+  for name, log in logs.items():
+    valid = log["valid"]
+    if valid:
+      line = plots.Curve(NAMES[name], [point["tokens"] for point in valid],
+                         [point["ce"] for point in valid])
+      panels.setdefault(titles[name], []).append(line)
+  return panels
+
+
+def write(
+  folder: pathlib.Path,
+  *,
+  title: str,
+  results: Mapping[str, Any],
+  ngrams: Mapping[str, Sequence[float]],
+  logs: Mapping[str, Mapping[str, Any]],
+  scores: Scores,
+  plan: Plan,
+  facts: Mapping[str, str],
+) -> str:
+  """Writes `report.md` and its pictures into a folder; returns the table.
+
+  Args:
+    folder: where everything goes.
+    title: first line.
+    results: model name -> what `evaluate` stages measured; see `NAMES` for the names.
+    ngrams: "inside" and "outside" -> bits per byte of orders 1, 2, ..
+    logs: model name -> `summary` and validation points of its training.
+    scores: what the plan was made from.
+    plan: what was kept.
+    facts: what else a reader needs to know, name -> sentence.
+  """
+  summaries = {name: log["summary"] for name, log in logs.items()}
+  rows = [row(name, results[name], summaries.get(name)) for name in NAMES if name in results]
+  body = [f"# {title}", "", *(f"* {line}" for line in verdicts(results, ngrams)), ""]
+  main = table(HEADER, rows)
+  body += [main, "", "Bits per byte count every predicted token, ends of documents too. Agreement "
+           "and KL are in domain. Training speed of a distilled model includes its teacher's "
+           "forward pass.", ""]  # fmt: skip
+  if ngrams:
+    body += ["## Baselines", "", "Counted on the same training split; predicted is the whole test "
+             "split.", "", ngram_table(ngrams), ""]  # fmt: skip
+  body += ["## What was kept", ""]
+  for name, path in plots.importance(scores, plan, folder).items():
+    body += [f"![{name}]({path.name})", ""]
+  panels = _curve_panels(logs)
+  if panels:
+    levels = {"small model": {"teacher (end)": logs["teacher"]["valid"][-1]["ce"]}} if (
+      "small model" in panels and logs.get("teacher", {}).get("valid")) else {}
+    plots.curves(panels, levels, folder / "loss.png", y_label="validation loss (nats a token)")
+    body += ["## Loss", "", "![validation loss](loss.png)", ""]
+  body += ["## How it was made", "", *(f"* {name}: {text}" for name, text in facts.items()), ""]
+  artefacts.write_bytes(folder / "report.md", "\n".join(body).encode())
+  return main

@@ -1,0 +1,179 @@
+"""From a config's numbers and strings to the library's objects, checked before anything runs."""
+
+import difflib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import hybridlm
+from hybridlm import axes
+from hybridlm.config import PRESETS, ModelConfig, block_name
+from hybridlm.data.pipeline import Corpus, DataSpec
+from hybridlm.data.sources import Source
+from hybridlm.prune import scores as scoring
+from hybridlm.prune.plan import Plan
+from hybridlm.train import mesh as meshes
+from hybridlm.train import optim
+
+SIZES = "VDFKJEGHPNW"
+# What else a model is made of, and how it computes; only the latter may change a preset.
+STYLE = ("activation", "norm", "tied")
+RUNTIME = ("dtype", "remat", "ssd", "chunk", "attention")
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+  """Returns a subtree as values JSON can hold, tuples as lists."""
+  def change(value):
+    if isinstance(value, Mapping):
+      return {key: change(item) for key, item in value.items()}
+    return [change(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+  return change(config.to_dict())
+
+
+def corpus(c: ConfigDict, *, folder: pathlib.Path | None = None) -> Corpus:
+  """Returns the config's text; `folder` keeps token ids between runs."""
+  sources = tuple(Source(name=name, **c.data.sources[name]) for name in sorted(c.data.sources))
+  return Corpus(DataSpec(sources, c.data.tokenizer, c.data.phases), folder=folder)
+
+
+def model(c: ConfigDict, vocabulary: int) -> ModelConfig:
+  """Returns the config of the teacher that would be pretrained.
+
+  Args:
+    c: the whole config.
+    vocabulary: ids of the tokenizer; V is as large unless the config says otherwise.
+
+  Raises:
+    ValueError: an unknown preset, a preset with sizes of its own, a pattern without, or V too small
+      for the tokenizer.
+  """
+  given = {name: c.model[name] for name in (*SIZES, *STYLE) if c.model[name] is not None}
+  runtime = {name: c.model[name] for name in RUNTIME if c.model[name] is not None}
+  if c.model.preset:
+    if c.model.preset not in PRESETS:
+      near = difflib.get_close_matches(c.model.preset, PRESETS, n=3, cutoff=0.0)
+      raise ValueError(f"preset {c.model.preset!r} is unknown; nearest: {', '.join(near)}")
+    if given or c.model.pattern:
+      extra = "pattern" if c.model.pattern else min(given)
+      raise ValueError(f"preset {c.model.preset!r} has its own model.{extra}: leave that unset")
+    cfg = PRESETS[c.model.preset].replace(**runtime)
+  else:
+    if not c.model.pattern:
+      raise ValueError("model.pattern is empty: give a pattern, such as 'M-M*-', or a preset")
+    if "D" not in given:
+      raise ValueError("model.D is unset: a model needs its residual width")
+    cfg = ModelConfig.from_pattern(c.model.pattern, **({"V": vocabulary} | given), **runtime)
+  check_vocabulary(c, cfg, vocabulary)
+  return cfg.replace(vocabulary=vocabulary) if vocabulary < cfg.V else cfg
+
+
+def check_vocabulary(c: ConfigDict, cfg: ModelConfig, vocabulary: int) -> None:
+  """Raises unless the model can read every id of the config's tokenizer.
+
+  Raises:
+    ValueError: ids beyond V.
+  """
+  if vocabulary > cfg.V:
+    raise ValueError(f"tokenizer {c.data.tokenizer!r} has {vocabulary} ids, more than V={cfg.V}")
+
+
+def targets(c: ConfigDict) -> dict[str, int]:
+  """Returns the sizes of the small model that the config sets."""
+  return {name: value for name, value in c.targets.items() if value is not None}
+
+
+def small(cfg: ModelConfig, wanted: Mapping[str, int]) -> ModelConfig:
+  """Returns the config that a plan of these targets leaves, whatever the scores.
+
+  Raises:
+    ValueError: targets that no plan of this parent can meet, or none at all.
+  """
+  if not wanted:
+    raise ValueError("targets are all unset: name at least one size to prune to")
+  shapes = {"score_X": (len(cfg.blocks),)}
+  for index, block in enumerate(cfg.blocks):
+    for name in scoring.SCORE_OF.values():
+      if set(axes.of(name)) <= {"D", *block.axes}:
+        shapes[f"{block_name(index)}/{name}"] = axes.shape(name, cfg.sizes(index))
+  sums = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
+  even = scoring.Scores(sums, 1.0, {"parameters": "none"})
+  return hybridlm.plan(cfg, even, wanted).small_config()
+
+
+def replayed(cfg: ModelConfig, path: str, wanted: Mapping[str, int]) -> ModelConfig:
+  """Returns the config that the plan in a manifest leaves.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: not a plan, one of a model of other sizes, or of other sizes than the targets.
+  """
+  plan = Plan.load(path)
+  if plan.config.blocks != cfg.blocks or (plan.config.V, plan.config.D) != (cfg.V, cfg.D):
+    raise ValueError(f"plan {path} was made for another model: {plan.config.pattern!r}, "
+                     f"V={plan.config.V}, D={plan.config.D}")
+  left = plan.small_config()
+  expected = small(cfg, wanted) if wanted else left
+  same = (left.D, len(left.blocks)) == (expected.D, len(expected.blocks))
+  if not same or ("blocks" not in wanted and left.blocks != expected.blocks):
+    raise ValueError(f"plan {path} leaves other sizes than targets ask for: {dict(wanted)}")
+  return left
+
+
+def optimizer(run: ConfigDict, *, peak: float | None = None) -> optim.Optimizer:
+  """Returns AdamW for one training run of the config; `peak` replaces its own."""
+  peak = run.peak if peak is None else peak
+  return optim.make(
+    peak=peak, steps=run.steps, warmup=run.warmup, floor=run.floor * peak, decay=run.decay,
+    name=run.schedule, beta1=run.beta1, beta2=run.beta2, weight_decay=run.weight_decay,
+    clip=run.clip,
+  )  # fmt: skip
+
+
+def mesh(c: ConfigDict) -> Mesh:
+  """Returns the devices as a grid: data × model.
+
+  Raises:
+    ValueError: sizes that do not multiply to the number of devices.
+  """
+  along = c.mesh.data
+  if along is None:
+    along = max(1, jax.device_count() // max(1, c.mesh.model))
+  return meshes.make({"data": along, "model": c.mesh.model})
+
+
+def check(c: ConfigDict, grid: Mesh) -> None:
+  """Raises where numbers of the config cannot go together.
+
+  Raises:
+    ValueError: names the key, its value and the rule.
+  """
+  rows = grid.shape["data"]
+  for key in ("teacher", "distil"):
+    run = c[key]
+    if run.steps < 1 or run.batch < 1 or run.accumulate < 1:
+      raise ValueError(
+        f"{key}: steps={run.steps}, batch={run.batch}, accumulate={run.accumulate} must be positive"
+      )
+    if run.batch % (run.accumulate * rows):
+      raise ValueError(
+        f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
+        f"mesh.data={rows}"
+      )
+    optimizer(run)
+  for key in ("calibrate", "evaluate"):
+    if c[key].batch < 1 or c[key].batches < 1:
+      raise ValueError(f"{key}: batch={c[key].batch}, batches={c[key].batches} must be positive")
+    if c[key].batch % rows:
+      raise ValueError(f"{key}.batch={c[key].batch} is not a multiple of mesh.data={rows}")
+  for key in ("inside", "outside"):
+    if c.evaluate[key] not in c.data.sources:
+      known = ", ".join(sorted(c.data.sources))
+      raise ValueError(f"evaluate.{key}={c.evaluate[key]!r} is not one of data.sources: {known}")
+  if c.scratch.run not in ("same", "none"):
+    raise ValueError(f"scratch.run={c.scratch.run!r} is not one of same, none")

@@ -1,0 +1,118 @@
+"""One training run as a stage: from a loss and parameters to a folder with a model and its log."""
+
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from experiments import artefacts, evaluation, settings
+from hybridlm.config import ModelConfig
+from hybridlm.data.pipeline import Batch, Batches
+from hybridlm.train import loop, metrics, state, step
+from hybridlm.train import mesh as meshes
+
+LossFn = Callable[[Any, Any, Any], dict[str, Any]]
+
+
+class Recipe(NamedTuple):
+  """What a run trains, on what, and towards what.
+
+  cfg: the model.  params: where it starts.  loss_fn: `(params, frozen, batch) -> sums`.  frozen:
+  what the loss reads and nothing changes, e.g. the teacher's parameters.  train: batches with a
+  position.  valid: batches the loss is watched on.
+  """
+
+  cfg: ModelConfig
+  params: Mapping[str, Any]
+  loss_fn: LossFn
+  frozen: Any
+  train: Batches
+  valid: Sequence[Batch]
+
+
+class Spread:
+  """Batches laid out on a mesh, rows along its axis `data`; the position is the inner one's."""
+
+  def __init__(self, inner: Batches, grid: Mesh):
+    self._inner, self._grid = inner, grid
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> dict[str, jax.Array]:
+    return meshes.shard_batch(self._grid, next(self._inner))
+
+  def get_state(self) -> dict:
+    """Returns the position, for JSON."""
+    return self._inner.get_state()
+
+  def set_state(self, position: Mapping[str, Any]) -> None:
+    """Moves to a position that `get_state` gave."""
+    self._inner.set_state(position)
+
+
+def placed(tree: Any, grid: Mesh) -> Any:
+  """Returns copies of a parameter tree or train state, laid out on a mesh by the house's rules."""
+  return meshes.place(tree, meshes.shardings(grid, tree, meshes.RULES))
+
+
+def train(
+  folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, *, peak: float | None = None
+) -> None:
+  """Trains until `run.steps` and leaves the model, its metrics and its log in a folder.
+
+  A run that was killed goes on from its newest good checkpoint there; checkpoints are removed when
+  the model is written.
+
+  Args:
+    folder: of the stage.
+    recipe: model, loss and data.
+    run: steps, optimiser and intervals, as `configs.base.training` has them.
+    grid: the devices.
+    peak: replaces the run's peak learning rate.
+
+  Raises:
+    ValueError: as `train.loop.run` does.
+  """
+  optimizer = settings.optimizer(run, peak=peak)
+  frozen = None if recipe.frozen is None else placed(recipe.frozen, grid)
+  start = placed(state.create(recipe.params, optimizer), grid)
+  valid = [meshes.shard_batch(grid, batch) for batch in recipe.valid]
+  evaluate = step.make_eval(recipe.loss_fn)
+  advance = step.make_step(
+    recipe.loss_fn, optimizer, accumulate=run.accumulate,
+    shardings=meshes.shardings(grid, start, meshes.RULES),
+  )  # fmt: skip
+  end, history = loop.run(
+    advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
+    validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
+    save_every=run.save_every, keep=2, progress="auto",
+  )  # fmt: skip
+  artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params))
+  artefacts.write_json(folder / "log.json", log(history))
+  shutil.rmtree(folder / loop.CHECKPOINTS, ignore_errors=True)
+
+
+def log(history: Sequence[metrics.Record]) -> dict[str, Any]:
+  """Returns what the report needs of a run's records: validation points, tokens and speed."""
+  seen, seconds, valid = 0.0, 0.0, []
+  for record in history:
+    if record["split"] == "valid":
+      valid.append({"tokens": int(seen), "ce": record["ce"]})
+    else:
+      seen += record["weight"]
+      seconds += record["weight"] / record["tokens_per_second"]
+  return {
+    "valid": valid,
+    "summary": {
+      "steps": history[-1]["step"],
+      "tokens": int(seen),
+      "seconds": seconds,
+      "tokens_per_second": seen / seconds,
+      "machine": evaluation.machine(),
+    },
+  }
