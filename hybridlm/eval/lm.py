@@ -32,7 +32,7 @@ def report(sums: Mapping[str, float], *, nbytes: int) -> dict[str, float]:
   """
   tokens = sums["weight"]
   if not tokens > 0 or not nbytes > 0:
-    raise ValueError(f"evaluation over {tokens} tokens and {nbytes} bytes: there is nothing to test")
+    raise ValueError(f"evaluation over {tokens} tokens and {nbytes} bytes: nothing to test")
   cross_entropy = sums["ce"] / tokens
   fits = cross_entropy < _LARGEST_EXPONENT
   metrics = {

@@ -72,6 +72,10 @@ def _digest(path: pathlib.Path) -> dict[str, Any]:
     return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
+def _digest_json(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _numbered(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the folders of checkpoints, whole or not, oldest first."""
   if not folder.is_dir():
@@ -147,7 +151,8 @@ def _seal(path: pathlib.Path, step: int, leaves: dict[str, Any]) -> None:
   for item in (*files, *(p for p in path.rglob("*") if p.is_dir())):
     _sync(item)
   digests = {file.relative_to(path).as_posix(): _digest(file) for file in files}
-  _write_json(path / _MANIFEST, {"step": step, "leaves": leaves, "files": digests})
+  body = {"step": step, "leaves": leaves, "files": digests}
+  _write_json(path / _MANIFEST, {"body": body, "sha256": _digest_json(body)})
   _sync(path.parent)
 
 
@@ -155,22 +160,25 @@ def damage(path: pathlib.Path) -> str | None:
   """Returns in a few words what is wrong with a complete checkpoint, or None."""
   try:
     manifest = _read_json(path / _MANIFEST)
-    expected, step = dict(manifest["files"]), manifest["step"]
+    body, sealed = manifest["body"], manifest["sha256"]
   except (ValueError, KeyError, TypeError) as error:
-    return f"{_MANIFEST} cannot be read: {str(error).splitlines()[0]}"
-  if step != int(path.name):
-    return f"{_MANIFEST} is of step {step}"
+    return f"{_MANIFEST} cannot be read: {type(error).__name__}"
+  if sealed != _digest_json(body):
+    return f"{_MANIFEST} has other bytes"
+  if body["step"] != int(path.name):
+    return f"{_MANIFEST} is of step {body['step']}"
+  expected = body["files"]
   found = {file.relative_to(path).as_posix(): file for file in _files(path)}
   for name in sorted(expected.keys() | found.keys()):
     if name not in found:
       return f"{name} is missing"
     if name not in expected:
       return f"{name} is not in the manifest"
-    digest = _digest(found[name])
-    if digest != expected[name]:
-      was = expected[name].get("bytes") if isinstance(expected[name], dict) else None
-      cut = digest["bytes"] != was
-      return f"{name} has {digest['bytes']} bytes, not {was}" if cut else f"{name} has other bytes"
+    was, now = expected[name], _digest(found[name])
+    if now["bytes"] != was["bytes"]:
+      return f"{name} has {now['bytes']} bytes, not {was['bytes']}"
+    if now != was:
+      return f"{name} has other bytes"
   return None
 
 
@@ -193,7 +201,8 @@ def newest_good(folder: str | os.PathLike) -> pathlib.Path | None:
       return path
     first = first or f"{path.name}: {problem}"
     if path != found[-1]:
-      logging.warning("checkpoint %s is damaged (%s): falling back to the one before", path, problem)
+      text = "checkpoint %s is damaged (%s): falling back to the one before"
+      logging.warning(text, path, problem)
   if first:
     raise ValueError(f"all {len(found)} checkpoints in {folder} are damaged, the newest {first}")
   return None
@@ -220,7 +229,7 @@ def _check_same(path: pathlib.Path, config: Mapping[str, Any], leaves: dict[str,
   if found := _first_difference(_read_json(path / "config.json"), plain):
     key, old, new = found
     raise ValueError(f"checkpoint {path} was made with {key} = {old}, this run has {new}")
-  saved = _read_json(path / _MANIFEST)["leaves"]
+  saved = _read_json(path / _MANIFEST)["body"]["leaves"]
   for name in sorted(saved.keys() | leaves.keys()):
     if saved.get(name) != leaves.get(name):
       raise ValueError(f"checkpoint {path}: leaf {name} is {saved.get(name)}, this run has "

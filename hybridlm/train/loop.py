@@ -80,6 +80,8 @@ def run(
   done = int(state.step)
   if done > steps:
     raise ValueError(f"{workdir} is at step {done} already, beyond the {steps} steps asked for")
+  if done == steps:
+    return state, history
 
   def due(number, every):
     return number == steps or (every > 0 and number % every == 0)
@@ -100,16 +102,13 @@ def run(
       records = [_summary(state.params, waiting, clock, fresh=waiting[0].number == done + 1)]
       if checks:
         records.append(_validation(validate, state.params, number))
-      for record in records:
-        history.append(record)
-        for sink in sinks:
-          sink.write(record)
+      history = history + metrics.write(sinks, records)
       if saves or number == steps:
         _check_state(state, waiting[-1])
       if saves:
-        position = data.get_state()
-        checkpoint.save(workdir / CHECKPOINTS, state, position=position, config=config or {},
-                        keep=keep)
+        checkpoint.save(
+          workdir / CHECKPOINTS, state, position=data.get_state(), config=config or {}, keep=keep
+        )
       waiting, clock = [], time.perf_counter()
   return state, history
 

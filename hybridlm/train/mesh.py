@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridlm import axes
@@ -80,8 +81,10 @@ def shardings(mesh: Mesh, tree: Any, rules: Mapping[str, Any]) -> Any:
 
 def place(tree: Any, where: Any) -> Any:
   """Returns copies of the arrays, laid out as the shardings say."""
-  return jax.tree.map(lambda leaf, sharding: jax.device_put(leaf, sharding, may_alias=False),
-                      tree, where)
+  # device_put alone may alias the source for one of the shards, may_alias=False or not.
+  return jax.tree.map(
+    lambda leaf, sharding: jnp.copy(jax.device_put(leaf, sharding)), tree, where
+  )
 
 
 def shard_batch(mesh: Mesh, batch: Mapping[str, Any], *, axis: str = "data") -> dict[str, Any]:

@@ -83,8 +83,7 @@ class TensorBoard:
   """Scalars named `split/metric`; events of steps that are done again are hidden."""
 
   def __init__(self, folder: str | os.PathLike, *, first_step: int):
-    purge = first_step if first_step > 1 else None
-    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step)
 
   def write(self, record: Record) -> None:
     """Adds one scalar a number."""
@@ -145,6 +144,14 @@ def sinks(
     bar = Bar(done=done, steps=steps, progress=progress)
     opened.append(stack.enter_context(contextlib.closing(bar)))
     yield opened
+
+
+def write(opened: list[Sink], records: list[Record]) -> list[Record]:
+  """Returns the records, after every sink has taken them."""
+  for record in records:
+    for sink in opened:
+      sink.write(record)
+  return records
 
 
 class Timing(NamedTuple):

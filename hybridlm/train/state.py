@@ -17,7 +17,7 @@ class TrainState(NamedTuple):
 
 
 def create(params: Any, optimizer: Any) -> TrainState:
-  """Returns a state at step 0 on copies of `params`: donating it leaves the caller's arrays alive."""
+  """Returns a state at step 0 on copies of `params`, so that donating it leaves those alive."""
   own = jax.tree.map(jnp.copy, params)
   return TrainState(jnp.zeros((), jnp.int32), own, optimizer.init(own))
 

@@ -127,7 +127,7 @@ def make_eval(loss_fn: LossFn) -> Callable[[Any, Any, Iterable[Any]], dict[str, 
       raise ValueError("evaluation: there is no batch to evaluate on")
     totals = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
     if not totals["weight"] > 0:
-      raise ValueError(f"evaluation: {len(parts)} batches weigh {totals['weight']}, no token counts")
+      raise ValueError(f"evaluation: {len(parts)} batches of weight {totals['weight']}")
     means = {name: total / totals["weight"] for name, total in totals.items()}
     return means | {"weight": totals["weight"]}
 
