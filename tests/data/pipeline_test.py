@@ -146,11 +146,22 @@ def test_a_run_resumes_with_another_number_of_processes(corpus):
 def test_a_seed_gives_its_stream_again_and_another_seed_another(low):
   streams = [rows_of(take(train(low, seed=seed), 30)) for seed in range(5)]
   assert rows_of(take(train(low, seed=3), 30)) == streams[3]
-  # Neither batch by batch nor an epoch later: grain's own seeds of neighbours overlap.
   for one, other in itertools.combinations(streams, 2):
     assert sum(a == b for a, b in zip(one, other, strict=True)) < 30
-  epoch = -(-expected(low, "low", "train").total() // L)
-  assert streams[0][epoch : 2 * epoch] != streams[1][:epoch]
+
+
+def test_epochs_of_neighbouring_seeds_are_not_the_same_even_with_one_document(tmp_path):
+  (tmp_path / "book.txt").write_text(TEXTS["low"][22] * 3)
+  book = pipeline.Corpus(pipeline.DataSpec((sources.Source("book", "text", str(tmp_path)),)))
+  length, rows = 7, -(-(3 * len(TEXTS["low"][22]) + 1) // 7)
+  epochs = []
+  for seed in range(3):
+    stream = rows_of(take(
+      train(book, batch=1, length=length, seed=seed, split="all"), 3 * rows))
+    epochs += [tuple(stream[e * rows : (e + 1) * rows]) for e in range(3)]
+  # grain itself seeds epoch e of seed s by s + e.
+  assert len(set(epochs)) == 9
+  assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test", "all"])

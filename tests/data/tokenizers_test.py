@@ -115,6 +115,7 @@ def test_special_tokens_are_plain_text_in_text_and_may_end_it(tmp_path):
   assert tokenizer.eot not in ids and 271 in ids
   assert tokenizer.byte_lengths_V[ids].sum() == len(text)
   assert tokenizer.decode(ids) == text
+  assert tokenizer.encode("a").tolist() == [tokenizer.encode("ba")[1]]
 
 
 def test_broken_utf_8_from_a_model_decodes_to_replacement_characters():
@@ -176,6 +177,9 @@ def test_vocabularies_out_of_reach_are_refused():
     tokenizers.train(TEXTS, V=256)
   with pytest.raises(ValueError, match="V = 5000 needs more text"):
     tokenizers.train(TEXTS, V=5000)
+  with pytest.raises(ValueError, match="give 257 ids at most"):
+    tokenizers.train(["ab cd"], V=258)  # no pair comes twice
+  assert len(tokenizers.train(["ab ab cd"], V=258).encode("ab")) == 1
   with pytest.raises(ValueError, match="V = 256 is too few"):
     tokenizers.load("bytes", V=256)
 
