@@ -26,15 +26,19 @@ def get(
   tokens = make()
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-  with partial.open("wb") as file:
-    np.savez(file, flat=tokens.flat, start=tokens.start, eot=tokens.eot)
-  partial.replace(path)
+  try:
+    with partial.open("wb") as file:
+      np.savez(file, flat=tokens.flat, start=tokens.start, eot=tokens.eot)
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
   return tokens
 
 
 def _read(path: pathlib.Path) -> packing.Tokens:
-  try:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-      return packing.Tokens(kept["flat"], kept["start"], int(kept["eot"]))
-  except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-    raise ValueError(f"{path} is damaged: remove it and the ids are made anew") from error
+  with path.open("rb") as file:
+    try:
+      with np.load(file, allow_pickle=False) as kept:
+        return packing.Tokens(kept["flat"], kept["start"], int(kept["eot"]))
+    except (zipfile.BadZipFile, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
+      raise ValueError(f"{path} is damaged: remove it and the ids are made anew") from error

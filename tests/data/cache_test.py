@@ -1,7 +1,9 @@
 """Ids kept between runs are the ids that were made, or an error."""
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from hybridlm.data import cache, packing
 
@@ -42,16 +44,53 @@ def test_a_file_left_by_an_interrupted_run_is_not_read(tmp_path):
   assert equal(cache.get(tmp_path, "key", lambda: TOKENS), TOKENS)
 
 
-@pytest.mark.parametrize("part", ["ids", "end"])
-def test_a_damaged_file_is_named(tmp_path, part):
-  cache.get(tmp_path, "key", lambda: TOKENS)
-  path = tmp_path / "tokens-key.npz"
-  data = bytearray(path.read_bytes())
-  if part == "ids":
-    data[data.index(TOKENS.flat.tobytes()) + 2] ^= 1
-  else:
-    del data[-9:]
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+  def fail(file, **arrays):
+    file.write(b"half")
+    raise OSError("no space left")
+
+  monkeypatch.setattr(np, "savez", fail)
+  with pytest.raises(OSError, match="no space left"):
+    cache.get(tmp_path, "key", lambda: TOKENS)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("cache")
+  cache.get(folder, "key", lambda: TOKENS)
+  path = folder / "tokens-key.npz"
+  return path, path.read_bytes()
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_named_or_harmless(kept, place, bit):
+  path, data = kept
+  data = bytearray(data)
+  data[int(place * len(data))] ^= 1 << bit
   path.write_bytes(data)
-  with pytest.raises(ValueError, match="tokens-key.npz is damaged: remove it") as caught:
-    cache.get(tmp_path, "key", never)
-  assert "\n" not in str(caught.value)
+  try:
+    found = cache.get(path.parent, "key", never)
+  except ValueError as error:
+    assert "tokens-key.npz is damaged: remove it" in str(error) and "\n" not in str(error)
+  else:
+    assert equal(found, TOKENS)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_named(kept, share):
+  path, data = kept
+  path.write_bytes(data[: int(share * len(data))])
+  with pytest.raises(ValueError, match="tokens-key.npz is damaged: remove it"):
+    cache.get(path.parent, "key", never)
+
+
+def test_a_flipped_id_is_named(kept):
+  path, data = kept
+  data = bytearray(data)
+  data[data.index(TOKENS.flat.tobytes()) + 2] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match="tokens-key.npz is damaged: remove it"):
+    cache.get(path.parent, "key", never)
