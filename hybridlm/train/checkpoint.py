@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -46,8 +47,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
   _sync(path.parent)
 
 
+def _text(value: Any) -> str:
+  return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
 def _write_json(path: pathlib.Path, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+  write_text(path, _text(value))
 
 
 def _read_json(path: pathlib.Path) -> Any:
@@ -163,7 +168,7 @@ def damage(path: pathlib.Path) -> str | None:
     body, sealed = manifest["body"], manifest["sha256"]
   except (ValueError, KeyError, TypeError) as error:
     return f"{_MANIFEST} cannot be read: {type(error).__name__}"
-  if sealed != _digest_json(body):
+  if sealed != _digest_json(body) or (path / _MANIFEST).read_text("utf-8") != _text(manifest):
     return f"{_MANIFEST} has other bytes"
   if body["step"] != int(path.name):
     return f"{_MANIFEST} is of step {body['step']}"
@@ -274,5 +279,8 @@ def load_params(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
   if path is None:
     raise FileNotFoundError(f"no checkpoint in {folder}")
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    tree = reader.restore(path / "state", args=ocp.args.PyTreeRestore())
+    wanted = {"params": reader.metadata(path / "state").item_metadata.tree["params"]}
+    host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=host, partial_restore=True)
+    tree = reader.restore(path / "state", args=args)
   return jax.tree.map(jnp.array, tree["params"]), _read_json(path / "config.json")

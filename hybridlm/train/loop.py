@@ -55,7 +55,7 @@ def run(
   those are looked at every `log_every` steps and before anything is saved.
 
   Args:
-    step: from `make_step`; it donates `state`, which must not be used afterwards.
+    step: from `make_step`; it donates the state, so the one given must not be used afterwards.
     state: where to start if there is no checkpoint.
     data: an iterator of batches with `get_state` and `set_state`.
     steps: updates the run has made in the end, those before a restart included.
@@ -76,17 +76,11 @@ def run(
   workdir = None if workdir is None else pathlib.Path(workdir)
   _check(steps, log_every, validate_every, save_every, keep, workdir, progress)
   states.check_apart(state, frozen)
-  state, history = _resume(state, data, workdir, config or {})
-  done = int(state.step)
-  if done > steps:
-    raise ValueError(f"{workdir} is at step {done} already, beyond the {steps} steps asked for")
+  config = {} if config is None else config
+  state, history = _resume(state, data, workdir, config, steps)
+  done, waiting = int(state.step), []
   if done == steps:
     return state, history
-
-  def due(number, every):
-    return number == steps or (every > 0 and number % every == 0)
-
-  waiting: list[_Done] = []
   with (
     metrics.sinks(workdir, done=done, steps=steps, progress=progress) as sinks,
     metrics.Stopwatch() as stopwatch,
@@ -95,22 +89,27 @@ def run(
     for number in range(done + 1, steps + 1):
       state, result = _advance(step, state, frozen, data, number, stopwatch)
       waiting.append(result)
-      checks = validate is not None and due(number, validate_every)
-      saves = workdir is not None and due(number, save_every)
-      if not (due(number, log_every) or checks or saves):
+      last = number == steps
+      checks = validate is not None and (last or _due(number, validate_every))
+      saves = workdir is not None and (last or _due(number, save_every))
+      if not (checks or saves or last or _due(number, log_every)):
         continue
       records = [_summary(state.params, waiting, clock, fresh=waiting[0].number == done + 1)]
       if checks:
         records.append(_validation(validate, state.params, number))
       history = history + metrics.write(sinks, records)
-      if saves or number == steps:
+      if saves or last:
         _check_state(state, waiting[-1])
       if saves:
         checkpoint.save(
-          workdir / CHECKPOINTS, state, position=data.get_state(), config=config or {}, keep=keep
+          workdir / CHECKPOINTS, state, position=data.get_state(), config=config, keep=keep
         )
       waiting, clock = [], time.perf_counter()
   return state, history
+
+
+def _due(number: int, every: int) -> bool:
+  return every > 0 and number % every == 0
 
 
 def _check(steps, log_every, validate_every, save_every, keep, workdir, progress) -> None:
@@ -124,15 +123,16 @@ def _check(steps, log_every, validate_every, save_every, keep, workdir, progress
   metrics.check_progress(progress)
 
 
-def _resume(state, data, workdir, config):
+def _resume(state, data, workdir, config, steps):
   """Returns the state and history to go on from; moves the data to the saved position."""
-  if workdir is None:
-    return state, []
-  found = checkpoint.restore(workdir / CHECKPOINTS, state, config=config)
-  if found is not None:
-    state = found.state
+  found = workdir and checkpoint.restore(workdir / CHECKPOINTS, state, config=config)
+  state = found.state if found else state
+  done = int(state.step)
+  if done > steps:
+    raise ValueError(f"{workdir or 'the state'} is at step {done}, beyond the {steps} asked for")
+  if found:
     data.set_state(found.position)
-  return state, metrics.truncate(workdir / METRICS, last=int(state.step))
+  return state, metrics.truncate(workdir / METRICS, last=done) if workdir else []
 
 
 def _advance(step, state, frozen, data, number, stopwatch) -> tuple[states.TrainState, _Done]:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import tensorboardX
@@ -15,19 +15,10 @@ import tqdm
 
 from hybridlm.train import checkpoint
 
+# `step`, `split` ("train" or "valid") and numbers by name.
 Record = dict[str, Any]
 # name -> tqdm's `disable`; None shows the bar on a terminal only.
 PROGRESS: Mapping[str, bool | None] = {"bar": False, "auto": None, "off": True}
-
-
-class Sink(Protocol):
-  """Takes records: `step`, `split` ("train" or "valid") and numbers by name."""
-
-  def write(self, record: Record) -> None:
-    """Takes one record."""
-
-  def close(self) -> None:
-    """Flushes; nothing is written afterwards."""
 
 
 class JsonLines:
@@ -74,8 +65,9 @@ def truncate(path: str | os.PathLike, *, last: int) -> list[Record]:
   """Returns the records up to step `last` and leaves only those in the file, in one rename."""
   path = pathlib.Path(path)
   records = read(path, last=last)
-  if path.is_file():
-    checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+  text = "".join(json.dumps(record) + "\n" for record in records)
+  if path.is_file() and path.read_text("utf-8") != text:
+    checkpoint.write_text(path, text)
   return records
 
 
@@ -83,7 +75,10 @@ class TensorBoard:
   """Scalars named `split/metric`; events of steps that are done again are hidden."""
 
   def __init__(self, folder: str | os.PathLike, *, first_step: int):
-    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step)
+    # Files are named by the second; the suffix keeps a quick restart from overwriting.
+    self._writer = tensorboardX.SummaryWriter(
+      str(folder), purge_step=first_step, filename_suffix=f".from_{first_step:08d}"
+    )
 
   def write(self, record: Record) -> None:
     """Adds one scalar a number."""
@@ -118,6 +113,9 @@ class Bar:
   def close(self) -> None:
     """Leaves the bar as it stands."""
     self._bar.close()
+
+
+Sink = JsonLines | TensorBoard | Bar
 
 
 def check_progress(progress: str) -> None:
