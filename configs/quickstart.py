@@ -23,7 +23,7 @@ def get_config():
   c.teacher.update(steps=1200, batch=8, peak=4e-3, warmup=40)
 
   c.calibrate.update(batches=16, batch=8)
-  c.targets.update(D=160, F=320, H=4)
+  c.targets.update(D=152, F=320, H=4)
 
   c.distil.update(steps=400, batch=8, peak=2e-3)
   c.evaluate.update(batches=24, batch=8)

@@ -1,6 +1,6 @@
 """Numbers of the report: bits per byte, distance to the teacher, n-grams, speed on this machine."""
 
-import math
+import functools
 import os
 import platform
 import statistics
@@ -9,46 +9,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import hybridlm
+from hybridlm import api
 from hybridlm.config import ModelConfig
 from hybridlm.data.pipeline import Batch, Corpus
-from hybridlm.eval import ngram
-from hybridlm.train import step
+from hybridlm.eval import lm, ngram
 
 Model = tuple[ModelConfig, Mapping[str, Any]]
 
 
-def text_bytes(batches: Sequence[Batch], byte_lengths_V: np.ndarray) -> int:
-  """Returns the UTF-8 bytes that the predicted tokens of batches stand for."""
-  return sum(
-    int((byte_lengths_V[batch["target_BL"]] * (batch["weight_BL"] > 0)).sum()) for batch in batches
-  )
-
-
 def quality(
-  student: Model, teacher: Model, batches: Sequence[Batch], byte_lengths_V: np.ndarray
-) -> dict[str, float]:
-  """Returns how well a model predicts, and how close it is to its teacher.
-
-  Returns:
-    "ce" (nats a token), "bits_per_byte", "accuracy", "agreement" (share of tokens where both
-    models rank the same token first), "kl" (teacher ‖ student, nats a token), "tokens", "bytes".
-  """
+  student: Model, teacher: Model, tests: Mapping[str, Sequence[Batch]], byte_lengths_V: np.ndarray
+) -> dict[str, dict[str, float]]:
+  """Returns, by the name of a test, the metrics of `eval.lm.report`: bits per byte, KL and more."""
   (cfg, params), (teacher_cfg, teacher_params) = student, teacher
-  sums = hybridlm.distillation_loss(cfg, teacher_cfg)
-  means = step.make_eval(sums)(params, teacher_params, batches)
-  size = text_bytes(batches, byte_lengths_V)
-  return {
-    "ce": means["ce"],
-    "bits_per_byte": means["ce"] * means["weight"] / math.log(2) / size,
-    "accuracy": means["correct"],
-    "agreement": means["agree"],
-    "kl": means["kl"],
-    "tokens": int(means["weight"]),
-    "bytes": size,
-  }
+  evaluate = lm.make(
+    functools.partial(api.apply_hidden, cfg), bytes_V=jnp.asarray(byte_lengths_V),
+    teacher=functools.partial(api.apply_hidden, teacher_cfg), vocabulary=cfg.real_vocabulary,
+  )  # fmt: skip
+  return {name: evaluate(params, teacher_params, batches) for name, batches in tests.items()}
 
 
 def ngrams(

@@ -1,21 +1,18 @@
 """The stages of the main job: teacher, scores, plan, cut, distillation, baselines, evaluation."""
 
-import dataclasses
 import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import hybridlm
 from experiments import artefacts, evaluation, report, settings, stages, training
 from experiments.cli import Job
+from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
 from hybridlm import api, config
-from hybridlm.config import ModelConfig
-from hybridlm.data import pipeline as data
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 
@@ -23,89 +20,12 @@ from hybridlm.prune.scores import Scores
 WATCHING = ("validate_every", "validate_batches", "save_every")
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-  """Everything a config describes, built and checked; nothing of it has computed yet.
-
-  Attributes:
-    c: the config.
-    cache: folder that workdirs share.
-    corpus: the text.
-    cfg: the teacher.
-    small: the config that the targets leave (which blocks stay is decided by scores).
-    grid: the devices.
-  """
-
-  c: ConfigDict
-  cache: pathlib.Path
-  corpus: data.Corpus
-  cfg: ModelConfig
-  small: ModelConfig
-  grid: Mesh
-
-  @property
-  def inside(self) -> str:
-    """The source models are trained and compared on."""
-    return self.c.evaluate.inside
-
-  @property
-  def tests(self) -> dict[str, str]:
-    """What is evaluated: "inside" and "outside" -> source."""
-    return {"inside": self.c.evaluate.inside, "outside": self.c.evaluate.outside}
-
-  def train_batches(self, run: ConfigDict, seed: int) -> data.Batches:
-    """Returns the endless batches of a training run."""
-    return data.train_batches(self.corpus, batch=run.batch, length=self.c.data.length, seed=seed)
-
-  def train_data(self, run: ConfigDict, seed: int) -> str:
-    """Returns the fingerprint of `train_batches`."""
-    return data.train_fingerprint(
-      self.corpus, batch=run.batch, length=self.c.data.length, seed=seed
-    )
-
-  def held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> list[data.Batch]:
-    """Returns batches of a split in order, at most `limit`."""
-    return data.eval_batches(self.corpus, **self._held_out(source, split, run, limit))
-
-  def held_out_data(self, source: str, split: str, run: ConfigDict, limit: int) -> str:
-    """Returns the fingerprint of `held_out`."""
-    return data.eval_fingerprint(self.corpus, **self._held_out(source, split, run, limit))
-
-  def _held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> dict[str, Any]:
-    return {
-      "source": source, "split": split, "batch": run.batch, "length": self.c.data.length,
-      "limit": limit,
-    }  # fmt: skip
-
-
-def setup(job: Job) -> Setup:
-  """Returns what a job's config describes.
-
-  Raises:
-    FileNotFoundError: text, tokenizer, teacher or plan that is not there.
-    ValueError: values that cannot go together, text that is empty or not UTF-8.
-  """
-  c = job.config
-  corpus = settings.corpus(c, folder=job.cache / "tokens")
-  if c.teacher.path:
-    cfg = artefacts.load_model_config(pathlib.Path(c.teacher.path))
-    settings.check_vocabulary(c, cfg, corpus.tokenizer.V)
-  else:
-    cfg = settings.model(c, corpus.tokenizer.V)
-  grid = settings.mesh(c)
-  settings.check(c, grid)
-  wanted = settings.targets(c)
-  if c.plan.path:
-    small = settings.replayed(cfg, c.plan.path, wanted)
-  else:
-    small = settings.small(cfg, wanted)
-  return Setup(c, job.cache, corpus, cfg, small, grid)
-
-
 def build(s: Setup) -> list[Stage]:
   """Returns the stages of the main job, in order."""
+  # A manifest that is replayed needs no scores: a wrong one is found before they are computed.
+  planned = [_plan(s), _calibrate(s)] if s.c.plan.path else [_calibrate(s), _plan(s)]
   made = [
-    _teacher(s), _calibrate(s), _plan(s), _cut(s), _ngrams(s),
+    _teacher(s), *planned, _cut(s), _ngrams(s),
     _evaluate(s, "evaluate_cut", {"teacher": "teacher", "pruned": "cut"}), _distil(s),
   ]  # fmt: skip
   trained = {"distilled": "distil"}
@@ -149,7 +69,7 @@ def _teacher(s: Setup) -> Stage:
       cfg=s.cfg, params=hybridlm.init(s.cfg, seed=s.c.seed),
       loss_fn=hybridlm.language_loss(s.cfg), frozen=None,
       train=s.train_batches(run, s.c.seed),
-      valid=s.held_out(s.inside, "valid", run, run.validate_batches),
+      valid=s.validation(run),
     )  # fmt: skip
     training.train(folder, recipe, run, s.grid)
 
@@ -190,7 +110,7 @@ def _plan(s: Setup) -> Stage:
       plan.save(folder / "plan.json")
 
     manifest = {"manifest": artefacts.file_hash(pathlib.Path(path))}
-    return Stage("plan", manifest, replay, needs=("teacher", "calibrate"))
+    return Stage("plan", manifest, replay, needs=("teacher",))
 
   def plan(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg = artefacts.load_model_config(inputs["teacher"])
@@ -248,9 +168,7 @@ def _evaluate(s: Setup, name: str, models: Mapping[str, str]) -> Stage:
     lengths = s.corpus.tokenizer.byte_lengths_V
     results = {}
     for key, model in loaded.items():
-      results[key] = {
-        test: evaluation.quality(model, teacher, found, lengths) for test, found in batches.items()
-      } | {
+      results[key] = evaluation.quality(model, teacher, batches, lengths) | {
         "parameters": config.parameters(model[0]),
         "forward_tokens_per_second": speed[key],
         "machine": evaluation.machine(),
@@ -274,7 +192,7 @@ def _distil(s: Setup) -> Stage:
     recipe = training.Recipe(
       cfg=cfg, params=params, loss_fn=hybridlm.distillation_loss(cfg, teacher_cfg, **loss),
       frozen=teacher, train=s.train_batches(run, s.c.seed + 1),
-      valid=s.held_out(s.inside, "valid", run, run.validate_batches),
+      valid=s.validation(run),
     )  # fmt: skip
     training.train(folder, recipe, run, s.grid)
 
@@ -294,7 +212,7 @@ def _scratch(s: Setup) -> Stage:
       cfg=cfg, params=hybridlm.init(cfg, seed=s.c.seed + 1),
       loss_fn=hybridlm.language_loss(cfg), frozen=None,
       train=s.train_batches(run, s.c.seed + 1),
-      valid=s.held_out(s.inside, "valid", run, run.validate_batches),
+      valid=s.validation(run),
     )  # fmt: skip
     training.train(folder, recipe, run, s.grid, peak=peak)
 
@@ -343,7 +261,7 @@ def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:
     "Scores": f"estimator `{s.c.calibrate.estimator}` on {s.c.calibrate.batches} × "
               f"{s.c.calibrate.batch} rows of {s.c.data.length} tokens",
     "Verified": f"masked and cut logits differ by at most {error:.1e} of the largest",
-    "Measured on": f"{measured['tokens']:,} tokens ({measured['bytes']:,} bytes) of the "
+    "Measured on": f"{measured['tokens']:,.0f} tokens ({measured['bytes']:,} bytes) of the "
                    f"{s.c.evaluate.split} split in domain",
   }
   for name, log in logs.items():
@@ -395,7 +313,7 @@ def execute(job: Job, *names: str) -> dict[str, pathlib.Path]:
     ValueError: bad input; the workdir is as it was.
     FileNotFoundError: the same, where a file is missing.
   """
-  s = setup(job)
+  s = settings.setup(job.config, settings.mesh(job.config), cache=job.cache)
   made = build(s)
   made = until(made, *names) if names else made
   stages.claim(job.workdir, s.c.name)

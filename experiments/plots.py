@@ -18,11 +18,11 @@ TITLES = {"F": "MLP width F", "KJ": "queries J of each key-value head K", "D": "
 
 
 class Curve(NamedTuple):
-  """A line of a plot: its label, tokens seen, and values."""
+  """A run in a plot: its label, and points (tokens seen, loss) in training and in validation."""
 
   label: str
-  x: Sequence[float]
-  y: Sequence[float]
+  train: Sequence[tuple[float, float]]
+  valid: Sequence[tuple[float, float]]
 
 
 def _save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> pathlib.Path:
@@ -138,12 +138,16 @@ def curves(
   *,
   y_label: str,
 ) -> pathlib.Path:
-  """Writes one panel a title with its curves and dashed lines at named levels; returns the file."""
+  """Writes one panel a title, with its runs and dashed lines at named levels; returns the file.
+
+  A run is a thin line (training) under one with dots (validation).
+  """
   figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
   grid = figure.subplots(1, len(panels), squeeze=False)[0]
   for ax, (title, lines) in zip(grid, panels.items(), strict=True):
-    for line in lines:
-      ax.plot(line.x, line.y, marker=".", label=line.label)
+    for number, line in enumerate(lines):
+      ax.plot(*zip(*line.train, strict=True), color=f"C{number}", lw=0.7, alpha=0.5)
+      ax.plot(*zip(*line.valid, strict=True), color=f"C{number}", marker=".", label=line.label)
     for number, (label, level) in enumerate(levels.get(title, {}).items()):
       ax.axhline(level, color=f"C{5 + number}", ls="--", lw=1, label=label)
     ax.set_title(title, fontsize=10)

@@ -26,7 +26,7 @@ HEADER = (
 def recovery(results: Mapping[str, Any]) -> float:
   """Returns the share of the in-domain loss gap, opened by pruning, that distillation closed."""
   teacher, pruned, distilled = (
-    results[name]["inside"]["ce"] for name in ("teacher", "pruned", "distilled")
+    results[name]["inside"]["cross_entropy"] for name in ("teacher", "pruned", "distilled")
   )
   return (pruned - distilled) / (pruned - teacher) if pruned != teacher else math.nan
 
@@ -40,7 +40,7 @@ def row(name: str, result: Mapping[str, Any], training: Mapping[str, Any] | None
     f"{inside['bits_per_byte']:.3f}",
     f"{outside['bits_per_byte']:.3f}",
     f"{inside['agreement']:.1%}",
-    f"{inside['kl']:.4f}",
+    f"{inside['kl']:z.4f}",
     f"{training['tokens_per_second']:,.0f}" if training else "–",
     f"{result['forward_tokens_per_second']:,.0f}",
   ]
@@ -96,11 +96,10 @@ def _curve_panels(logs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[plots
   panels: dict[str, list[plots.Curve]] = {}
   titles = {"teacher": "teacher", "distilled": "small model", "scratch": "small model"}
   for name, log in logs.items():
-    valid = log["valid"]
-    if valid:
-      line = plots.Curve(NAMES[name], [point["tokens"] for point in valid],
-                         [point["ce"] for point in valid])
-      panels.setdefault(titles[name], []).append(line)
+    points = (
+      [(point["tokens"], point["ce"]) for point in log[split]] for split in ("train", "valid")
+    )
+    panels.setdefault(titles[name], []).append(plots.Curve(NAMES[name], *points))
   return panels
 
 
@@ -122,7 +121,7 @@ def write(
     title: first line.
     results: model name -> what `evaluate` stages measured; see `NAMES` for the names.
     ngrams: "inside" and "outside" -> bits per byte of orders 1, 2, ..
-    logs: model name -> `summary` and validation points of its training.
+    logs: model name -> what `training.log` returned.
     scores: what the plan was made from.
     plan: what was kept.
     facts: what else a reader needs to know, name -> sentence.
@@ -142,10 +141,11 @@ def write(
     body += [f"![{name}]({path.name})", ""]
   panels = _curve_panels(logs)
   if panels:
-    levels = {"small model": {"teacher (end)": logs["teacher"]["valid"][-1]["ce"]}} if (
-      "small model" in panels and logs.get("teacher", {}).get("valid")) else {}
-    plots.curves(panels, levels, folder / "loss.png", y_label="validation loss (nats a token)")
-    body += ["## Loss", "", "![validation loss](loss.png)", ""]
+    levels = {}
+    if "teacher" in logs:
+      levels["small model"] = {"teacher, at its end": logs["teacher"]["valid"][-1]["ce"]}
+    plots.curves(panels, levels, folder / "loss.png", y_label="cross-entropy (nats a token)")
+    body += ["## Loss", "", "Thin: training. Dotted: validation.", "", "![loss](loss.png)", ""]
   body += ["## How it was made", "", *(f"* {name}: {text}" for name, text in facts.items()), ""]
   artefacts.write_bytes(folder / "report.md", "\n".join(body).encode())
   return main

@@ -1,5 +1,6 @@
 """From a config's numbers and strings to the library's objects, checked before anything runs."""
 
+import dataclasses
 import difflib
 import pathlib
 from collections.abc import Mapping
@@ -11,9 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import hybridlm
+from experiments import artefacts
 from hybridlm import axes
 from hybridlm.config import PRESETS, ModelConfig, block_name
-from hybridlm.data.pipeline import Corpus, DataSpec
+from hybridlm.data import pipeline as data
 from hybridlm.data.sources import Source
 from hybridlm.prune import scores as scoring
 from hybridlm.prune.plan import Plan
@@ -36,10 +38,10 @@ def plain(config: ConfigDict) -> dict[str, Any]:
   return change(config.to_dict())
 
 
-def corpus(c: ConfigDict, *, folder: pathlib.Path | None = None) -> Corpus:
+def corpus(c: ConfigDict, *, folder: pathlib.Path | None = None) -> data.Corpus:
   """Returns the config's text; `folder` keeps token ids between runs."""
   sources = tuple(Source(name=name, **c.data.sources[name]) for name in sorted(c.data.sources))
-  return Corpus(DataSpec(sources, c.data.tokenizer, c.data.phases), folder=folder)
+  return data.Corpus(data.DataSpec(sources, c.data.tokenizer, c.data.phases), folder=folder)
 
 
 def model(c: ConfigDict, vocabulary: int) -> ModelConfig:
@@ -88,17 +90,26 @@ def targets(c: ConfigDict) -> dict[str, int]:
   return {name: value for name, value in c.targets.items() if value is not None}
 
 
-def small(cfg: ModelConfig, wanted: Mapping[str, int]) -> ModelConfig:
+def small(
+  cfg: ModelConfig, wanted: Mapping[str, int], *, letters: str, depth: str | None
+) -> ModelConfig:
   """Returns the config that a plan of these targets leaves, whatever the scores.
 
+  Args:
+    cfg: the parent.
+    wanted: target sizes.
+    letters: axes that calibration scores.
+    depth: how it scores blocks; None: not.
+
   Raises:
-    ValueError: targets that no plan of this parent can meet, or none at all.
+    ValueError: no target, targets that no plan of this parent can meet, or an axis without scores.
   """
   if not wanted:
     raise ValueError("targets are all unset: name at least one size to prune to")
-  shapes = {"score_X": (len(cfg.blocks),)}
+  shapes = {"score_X": (len(cfg.blocks),)} if depth else {}
+  names = {scoring.SCORE_OF[letter] for letter in letters if letter in scoring.SCORE_OF}
   for index, block in enumerate(cfg.blocks):
-    for name in scoring.SCORE_OF.values():
+    for name in names:
       if set(axes.of(name)) <= {"D", *block.axes}:
         shapes[f"{block_name(index)}/{name}"] = axes.shape(name, cfg.sizes(index))
   sums = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
@@ -106,8 +117,13 @@ def small(cfg: ModelConfig, wanted: Mapping[str, int]) -> ModelConfig:
   return hybridlm.plan(cfg, even, wanted).small_config()
 
 
-def replayed(cfg: ModelConfig, path: str, wanted: Mapping[str, int]) -> ModelConfig:
+def replayed(cfg: ModelConfig, path: str, expected: ModelConfig | None) -> ModelConfig:
   """Returns the config that the plan in a manifest leaves.
+
+  Args:
+    cfg: the parent.
+    path: of the manifest.
+    expected: what the targets leave; None: there are none.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -118,10 +134,9 @@ def replayed(cfg: ModelConfig, path: str, wanted: Mapping[str, int]) -> ModelCon
     raise ValueError(f"plan {path} was made for another model: {plan.config.pattern!r}, "
                      f"V={plan.config.V}, D={plan.config.D}")
   left = plan.small_config()
-  expected = small(cfg, wanted) if wanted else left
-  same = (left.D, len(left.blocks)) == (expected.D, len(expected.blocks))
-  if not same or ("blocks" not in wanted and left.blocks != expected.blocks):
-    raise ValueError(f"plan {path} leaves other sizes than targets ask for: {dict(wanted)}")
+  if expected is not None and (left.D, left.blocks) != (expected.D, expected.blocks):
+    raise ValueError(f"plan {path} leaves other sizes than the targets: D={left.D} and "
+                     f"{left.pattern!r}, not D={expected.D} and {expected.pattern!r}")
   return left
 
 
@@ -177,3 +192,86 @@ def check(c: ConfigDict, grid: Mesh) -> None:
       raise ValueError(f"evaluate.{key}={c.evaluate[key]!r} is not one of data.sources: {known}")
   if c.scratch.run not in ("same", "none"):
     raise ValueError(f"scratch.run={c.scratch.run!r} is not one of same, none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """Everything a config describes, built and checked; nothing of it has computed yet.
+
+  Attributes:
+    c: the config.
+    cache: folder that workdirs share.
+    corpus: the text.
+    cfg: the teacher.
+    small: the config that the targets leave (which blocks stay is decided by scores).
+    grid: the devices.
+  """
+
+  c: ConfigDict
+  cache: pathlib.Path
+  corpus: data.Corpus
+  cfg: ModelConfig
+  small: ModelConfig
+  grid: Mesh
+
+  @property
+  def inside(self) -> str:
+    """The source models are trained and compared on."""
+    return self.c.evaluate.inside
+
+  @property
+  def tests(self) -> dict[str, str]:
+    """What is evaluated: "inside" and "outside" -> source."""
+    return {"inside": self.c.evaluate.inside, "outside": self.c.evaluate.outside}
+
+  def train_batches(self, run: ConfigDict, seed: int) -> data.Batches:
+    """Returns the endless batches of a training run."""
+    return data.train_batches(self.corpus, batch=run.batch, length=self.c.data.length, seed=seed)
+
+  def train_data(self, run: ConfigDict, seed: int) -> str:
+    """Returns the fingerprint of `train_batches`."""
+    return data.train_fingerprint(
+      self.corpus, batch=run.batch, length=self.c.data.length, seed=seed
+    )
+
+  def validation(self, run: ConfigDict) -> list[data.Batch]:
+    """Returns the batches a training run is watched on; they do not depend on its batch size."""
+    return self.held_out(self.inside, "valid", self.c.evaluate, run.validate_batches)
+
+  def held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> list[data.Batch]:
+    """Returns batches of a split in order, at most `limit`."""
+    return data.eval_batches(self.corpus, **self._held_out(source, split, run, limit))
+
+  def held_out_data(self, source: str, split: str, run: ConfigDict, limit: int) -> str:
+    """Returns the fingerprint of `held_out`."""
+    return data.eval_fingerprint(self.corpus, **self._held_out(source, split, run, limit))
+
+  def _held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> dict[str, Any]:
+    return {
+      "source": source, "split": split, "batch": run.batch, "length": self.c.data.length,
+      "limit": limit,
+    }  # fmt: skip
+
+
+def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
+  """Returns what a config describes, to be computed on a grid of devices.
+
+  Raises:
+    FileNotFoundError: text, tokenizer, teacher or plan that is not there.
+    ValueError: values that cannot go together, text that is empty or not UTF-8.
+  """
+  text = corpus(c, folder=cache / "tokens")
+  if c.teacher.path:
+    cfg = artefacts.load_model_config(pathlib.Path(c.teacher.path))
+    check_vocabulary(c, cfg, text.tokenizer.V)
+  else:
+    cfg = model(c, text.tokenizer.V)
+  check(c, grid)
+  wanted, run = targets(c), c.calibrate
+  left = None
+  if wanted or not c.plan.path:
+    left = small(cfg, wanted, letters=run.axes, depth=run.depth)
+  if c.plan.path:
+    # Which blocks stay is decided by scores, so a target of blocks says nothing about their kinds.
+    left = replayed(cfg, c.plan.path, None if "blocks" in wanted else left)
+  return Setup(c, cache, text, cfg, left, grid)

@@ -180,29 +180,33 @@ def run(
   """
   claim(workdir, name)
   statuses = survey(stages, workdir)
-  fresh = not workdir.exists()
+  before = set(workdir.iterdir()) if workdir.exists() else None
   workdir.mkdir(parents=True, exist_ok=True)
   folders: dict[str, pathlib.Path] = {}
   with artefacts.locked(workdir):
+    record = workdir / "workdir.json"
+    if not record.is_file():
+      artefacts.write_json(record, {"format": FORMAT, "config": name})
     try:
       for status in statuses:
-        inputs = {need: folders[need] for need in status.stage.needs}
-        _run_one(status, inputs, workdir, name, say)
+        _run_one(status, {need: folders[need] for need in status.stage.needs}, say)
         folders[status.stage.name] = status.folder
     except USER_ERRORS:
-      if fresh and not any(workdir.iterdir()):
-        workdir.rmdir()
+      _forget(workdir, before)
       raise
   return folders
 
 
-def _run_one(
-  status: Status,
-  inputs: Inputs,
-  workdir: pathlib.Path,
-  name: str,
-  say: Callable[[str], None],
-) -> None:
+def _forget(workdir: pathlib.Path, before: set[pathlib.Path] | None) -> None:
+  """Takes back a claim under which nothing was made: the record, and the folder if it is new."""
+  record = workdir / "workdir.json"
+  if record not in (before or ()) and set(workdir.iterdir()) == {record}:
+    record.unlink()
+    if before is None:
+      workdir.rmdir()
+
+
+def _run_one(status: Status, inputs: Inputs, say: Callable[[str], None]) -> None:
   label = status.stage.name
   if status.state == "done":
     check(status.folder)
@@ -224,8 +228,6 @@ def _run_one(
           shutil.rmtree(partial)
         raise
       artefacts.write_json(partial / "done.json", {"files": artefacts.hashes(partial)})
-    if not (workdir / "workdir.json").is_file():
-      artefacts.write_json(workdir / "workdir.json", {"format": FORMAT, "config": name})
     _replace(partial, status.folder)
   say(f"{label}: {time.monotonic() - start:.1f} s")
 

@@ -98,16 +98,15 @@ def train(
 
 
 def log(history: Sequence[metrics.Record]) -> dict[str, Any]:
-  """Returns what the report needs of a run's records: validation points, tokens and speed."""
-  seen, seconds, valid = 0.0, 0.0, []
+  """Returns what the report needs of a run's records: losses by tokens seen, and speed."""
+  seen, seconds = 0.0, 0.0
+  points: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
   for record in history:
-    if record["split"] == "valid":
-      valid.append({"tokens": int(seen), "ce": record["ce"]})
-    else:
+    if record["split"] == "train":
       seen += record["weight"]
       seconds += record["weight"] / record["tokens_per_second"]
-  return {
-    "valid": valid,
+    points[record["split"]].append({"tokens": int(seen), "ce": record["ce"]})
+  return points | {
     "summary": {
       "steps": history[-1]["step"],
       "tokens": int(seen),

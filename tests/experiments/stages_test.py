@@ -153,7 +153,7 @@ def test_a_damaged_artefact_is_an_error_that_names_the_file(line):
   path = line.workdir / "b" / "text"
   path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
   before = everything_in(line.workdir)
-  with pytest.raises(ValueError, match="text is not what was written .*delete the folder"):
+  with pytest.raises(ValueError, match="text is not what was written.*delete the folder"):
     line.run(c=1)
   assert line.ran == []
   assert everything_in(line.workdir) == before

@@ -1,0 +1,67 @@
+"""Every config that comes with the package resolves, says how to run it, and fits together."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+from experiments import cli, settings
+from experiments.stages import flat
+from hybridlm import config
+
+NAMES = [pathlib.Path(name).stem for name in cli.installed()]
+
+
+def load(name):
+  """Returns the module of a config and what it makes."""
+  module = importlib.import_module(f"configs.{name}")
+  return module, module.get_config()
+
+
+def one_device():
+  """Returns the grid of a machine with one device."""
+  return jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+
+
+def test_the_installed_configs_are_found():
+  assert {"quickstart", "quickstart_toy"} <= set(NAMES) and "base" not in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_owns_its_name_and_its_header_says_command_cost_and_expectation(name):
+  module, c = load(name)
+  assert c.name == name
+  command = f"python -m experiments.distill --config=configs/{name}.py"
+  header = module.__doc__.splitlines()
+  assert header[0].endswith(".") and command in header
+  assert any("Cost:" in line for line in header) and any("Expect:" in line for line in header)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_holds_only_what_the_base_declares(name):
+  _, c = load(name)
+  base = importlib.import_module("configs.base").get_config()
+  assert set(flat(c.to_dict())) == set(flat(base.to_dict()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_describes_a_teacher_and_a_smaller_model(name, tmp_path):
+  _, c = load(name)
+  s = settings.setup(c, one_device(), cache=tmp_path)
+  assert config.parameters(s.small) < config.parameters(s.cfg)
+  assert s.cfg.real_vocabulary == s.corpus.tokenizer.V
+
+
+def test_the_quickstart_has_every_block_kind_and_groups_and_cuts_forty_percent(tmp_path):
+  _, c = load("quickstart")
+  s = settings.setup(c, one_device(), cache=tmp_path)
+  assert set(s.cfg.pattern) == set("M-*") and s.cfg.G >= 2
+  cut = 1 - config.parameters(s.small) / config.parameters(s.cfg)
+  assert 0.37 <= cut <= 0.43
+
+
+def test_the_toy_differs_from_the_quickstart_in_values_only():
+  toy, quick = (flat(load(name)[1].to_dict()) for name in ("quickstart_toy", "quickstart"))
+  assert {type(value) for value in toy.values()} <= {type(value) for value in quick.values()}
+  assert toy["calibrate.estimator"] == quick["calibrate.estimator"]

@@ -1,0 +1,209 @@
+"""The main job at toy size, as a user runs it: stages, reruns, mistakes."""
+
+import fcntl
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from cases import commands
+
+CONFIG = "--config=configs/quickstart_toy.py"
+STAGES = ["teacher", "calibrate", "plan", "cut", "ngrams", "evaluate_cut", "distil", "scratch",
+          "evaluate_end", "report"]  # fmt: skip
+
+
+@pytest.fixture(name="finished", scope="session")
+def _finished(tmp_path_factory) -> pathlib.Path:
+  """The folder of a finished toy job, made once for all workers: `job`, `cache` and `out.json`."""
+  folder = tmp_path_factory.getbasetemp().parent / "toy_job"
+  folder.mkdir(exist_ok=True)
+  with (folder / "lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (folder / "out.json").is_file():
+      done = commands.drive([("distill", [CONFIG, "--workdir=job"])], cwd=folder)
+      (folder / "out.json").write_text(json.dumps(done))
+  return folder
+
+
+@pytest.fixture(name="place")
+def _place(finished, tmp_path) -> pathlib.Path:
+  """A copy of the finished job that a test may change."""
+  for name in ("job", "cache"):
+    shutil.copytree(finished / name, tmp_path / name)
+  return tmp_path
+
+
+def call(place, name, *argv):
+  """Returns exit code, output and error output of one command on the copied job."""
+  return commands.drive([(name, [CONFIG, "--workdir=job", *argv])], cwd=place)[0]
+
+
+def states(out: str) -> dict[str, str]:
+  """Returns the state of each stage that a dry run printed."""
+  lines = out[: out.index("teacher: `")].splitlines()[1:]
+  return {line.split()[0]: line.split()[1] for line in lines}
+
+
+def ran(out: str) -> list[str]:
+  """Returns the stages that a run computed, in order."""
+  lines = [line.split() for line in out.splitlines() if line.startswith("[hybridlm]")]
+  return [words[1].rstrip(":") for words in lines if words[2] in ("new", "redo", "resume")]
+
+
+def test_one_command_goes_from_text_to_a_report(finished):
+  (code, out, err), = json.loads((finished / "out.json").read_text())
+  assert (code, err) == (0, "")
+  assert ran(out) == STAGES
+  text = (finished / "job" / "report" / "report.md").read_text()
+  for name in ("teacher", "pruned", "pruned + distilled", "same size from scratch"):
+    assert f"| {name} | " in text
+  assert "| teacher | 14,780 |" in text and "| pruned | 9,112 |" in text
+  pictures = {path.name for path in (finished / "job" / "report").glob("*.png")}
+  assert pictures == {f"importance_{name}.png" for name in ("HP", "F", "KJ", "D")} | {"loss.png"}
+  assert all(f"]({name})" in text for name in pictures)
+  assert "loss gap" in out and str(pathlib.Path("job", "report", "report.md")) in out
+
+
+def test_a_rerun_computes_nothing_and_changes_no_file(place):
+  before = commands.files(place)
+  code, out, err = call(place, "distill")
+  assert (code, err, ran(out)) == (0, "", [])
+  assert commands.files(place) == before
+
+
+def test_a_changed_value_redoes_its_stage_and_what_depends_on_it(place):
+  code, out, _ = call(place, "distill", "--config.distil.temperature=2.0")
+  assert code == 0
+  assert ran(out) == ["distil", "evaluate_end", "report"]
+  assert "distil: redo (training.temperature: 1.0 -> 2.0)" in out
+
+
+def test_a_dry_run_says_what_would_be_redone_and_computes_nothing(place):
+  before = commands.files(place)
+  code, out, err = call(place, "distill", "--config.targets.F=10", "--dry_run")
+  assert (code, err) == (0, "")
+  kept = {"teacher", "calibrate", "ngrams"}
+  assert states(out) == {name: "done" if name in kept else "redo" for name in STAGES}
+  assert "targets.F: 16 -> 10" in out and "| teacher | 14,780 |" in out
+  assert commands.files(place) == before
+
+
+def test_a_dry_run_of_a_new_job_writes_nothing_at_all(tmp_path):
+  (code, out, _), = commands.drive([("distill", [CONFIG, "--dry_run"])], cwd=tmp_path)
+  assert code == 0 and set(states(out).values()) == {"new"}
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_workdirs_share_the_teacher_and_single_stages_stop_where_they_should(place):
+  argv = [CONFIG, "--workdir=other"]
+  names = ("pretrain", "calibrate", "prune", "evaluate")
+  results = commands.drive([(name, argv) for name in names], cwd=place)
+  assert [code for code, _, _ in results] == [0] * 4
+  assert [ran(out) for _, out, _ in results] == [[], ["calibrate"], ["plan", "cut"],
+                                                 ["evaluate_cut"]]
+  assert "| pruned | 9,112 |" in results[3][1] and "| byte 2-gram |" in results[3][1]
+
+
+def test_a_plan_and_a_teacher_given_as_files_are_used_as_they_are(place):
+  shutil.copy(place / "job" / "plan" / "plan.json", place / "mine.json")
+  teacher, = (place / "cache").glob("teacher-*")
+  argv = [CONFIG, "--workdir=other", "--config.plan.path=mine.json",
+          f"--config.teacher.path={teacher}"]
+  (code, out, _), = commands.drive([("prune", argv)], cwd=place)
+  assert code == 0 and ran(out) == ["teacher", "plan", "cut"]
+  for name in ("model.json", "params.npz"):
+    assert (place / "other" / "cut" / name).read_bytes() == (
+      place / "job" / "cut" / name).read_bytes()
+
+
+# Mistakes: what it is -> (arguments, words that the one line must hold).
+MISTAKES = {
+  "an unknown config key": (["--config.distil.stesp=3"], ["distil.stesp", "distil.steps"]),
+  "a value of another type": (["--config.distil.steps=few"], ["distil.steps", "few"]),
+  "an unknown flag": (["--workdri=x"], ["workdri"]),
+  "an unknown preset": (["--config.model.preset=nemotron_h_9b"], ["nemotron_h_9b",
+                                                                  "nemotron_h_8b"]),
+  "a preset with a pattern": (["--config.model.preset=nemotron_h_8b"], ["nemotron_h_8b",
+                                                                        "pattern"]),
+  "a letter no block has": (["--config.model.pattern=M?"], ["M?"]),
+  "a target above the parent": (["--config.targets.D=17"], ["D=17", "16"]),
+  "a target of zero": (["--config.targets.F=0"], ["F=0"]),
+  "heads that groups cannot share": (
+    ["--config.targets.heads=3", "--config.targets.H=4"], ["heads"]),
+  "a vocabulary too small for the tokenizer": (["--config.model.V=200"], ["257", "V=200"]),
+  "an unknown tokenizer": (["--config.data.tokenizer=sotu_1025"], ["sotu_1025", "sotu_1024"]),
+  "an unknown estimator": (["--config.calibrate.estimator=best"], ["best", "activation"]),
+  "scores that miss an axis": (["--config.calibrate.axes=HP"], ["score_D"]),
+  "a source that is not there": (["--config.evaluate.outside=latin"], ["latin", "main"]),
+  "a missing corpus": (
+    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=gone"], ["gone"]),
+  "an empty corpus": (
+    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=empty"], ["main"]),
+  "a corpus that is not UTF-8": (
+    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=latin"],
+    ["latin", "UTF-8"]),
+  "a corpus shorter than a sequence": (
+    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=short"], ["32"]),
+  "a sequence longer than the corpus": (["--config.data.length=20000000"], ["20000000"]),
+  "micro-batches that do not divide": (["--config.distil.accumulate=3"], ["batch=2",
+                                                                          "accumulate=3"]),
+  "a mesh of more devices than there are": (["--config.mesh.data=3"], ["3", "1"]),
+  "an unknown schedule": (["--config.teacher.schedule=linear"], ["linear", "cosine"]),
+  "a plan that is not there": (["--config.plan.path=gone.json"], ["gone.json"]),
+  "a plan of another model": (["--config.plan.path=foreign.json"], ["plan", "parameters"]),
+  "a teacher that is not there": (["--config.teacher.path=gone"], ["gone"]),
+}  # fmt: skip
+
+
+def write_corpora(place: pathlib.Path) -> None:
+  """Writes corpora that no run can use, and a plan for parameters that nobody has."""
+  for name, data in {"empty": b"", "latin": b"caf\xe9 " * 99, "short": b"too short"}.items():
+    (place / name).mkdir()
+    for number in range(20):
+      (place / name / f"{number:02d}.txt").write_bytes(data)
+  plan = json.loads((place / "job" / "plan" / "plan.json").read_text())
+  (place / "foreign.json").write_text(json.dumps(plan | {"source": "0" * 64}))
+
+
+def test_a_users_mistake_gets_one_line_and_code_2_and_changes_nothing(place, subtests):
+  write_corpora(place)
+  before = commands.files(place / "job")
+  calls = [("distill", [CONFIG, "--workdir=job", *argv]) for argv, _ in MISTAKES.values()]
+  fresh = [("distill", [CONFIG, "--workdir=fresh", *argv]) for argv, _ in MISTAKES.values()]
+  results = commands.drive(calls + fresh, cwd=place)
+  for (name, (_, words)), *both in zip(
+    MISTAKES.items(), results[: len(calls)], results[len(calls) :], strict=True
+  ):
+    with subtests.test(name):
+      for code, _, err in both:
+        assert code == 2, err
+        assert err.count("\n") == 1 and err.endswith("\n")
+        assert all(word in err for word in words), err
+  assert commands.files(place / "job") == before
+  assert not (place / "fresh").exists()
+
+
+def test_a_workdir_of_another_config_is_refused(place):
+  config = place / "mine.py"
+  config.write_text(
+    "from configs import quickstart_toy\n\n\ndef get_config():\n"
+    "  c = quickstart_toy.get_config()\n  c.name = 'mine'\n  return c\n"
+  )
+  before = commands.files(place / "job")
+  (code, _, err), = commands.drive([("distill", ["--config=mine.py", "--workdir=job"])], cwd=place)
+  assert code == 2 and "belongs to config 'quickstart_toy', not 'mine'" in err
+  assert commands.files(place / "job") == before
+
+
+@pytest.mark.parametrize("where", ["cache/teacher-*/params.npz", "job/cut/params.npz"])
+def test_one_flipped_bit_in_a_model_is_found_before_it_is_used(place, where):
+  path, = place.glob(where)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  before = commands.files(place)
+  code, _, err = call(place, "distill", "--config.distil.temperature=2.0")
+  assert code == 2 and "params.npz" in err and "SHA-256" in err and err.count("\n") == 1
+  assert commands.files(place) == before
