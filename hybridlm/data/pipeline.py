@@ -132,7 +132,8 @@ def train_batches(
   """Returns this process's share [batch / process_count, L] of an endless stream of batches.
 
   Every epoch of a source holds each token once as a target, in an order of its own: documents are
-  laid out anew and rows shuffled. The shares in order of process are the batch of one process.
+  laid out anew and rows shuffled; its last row is padded. The shares in order of process are the
+  batch of one process.
   """
   _check(batch, length)
   _check_process(batch, process_index, process_count)

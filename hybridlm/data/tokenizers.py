@@ -4,15 +4,19 @@ import hashlib
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-# Encodings cost about a hundred bytes a token while they last: this bounds the characters at once.
-_CHARACTERS = 1 << 22
+# The library's encodings cost hundreds of bytes a token while they last: so many characters at
+# once, and long texts in pieces.
+_CHARACTERS = 1 << 20
+_PIECE = 1 << 18
+_BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
 # A tokenizer that strips, normalises or adds a space loses count of these bytes.
 _PROBE = "Probe's text\r\n\n  12\t\u00e9e\u0301 \u6f22 \U0001f642  "
 
@@ -75,6 +79,7 @@ class Bpe:
   def __init__(self, text: str, *, V: int | None = None, end: str | None = None,
                place: str = "this tokenizer"):
     self._inner = _parse(text, place)
+    self._cuts = _cuts(self._inner, json.loads(text))
     self.text = text
     vocabulary = self._inner.get_vocab(with_added_tokens=True)
     if end is not None and end not in vocabulary:
@@ -98,11 +103,13 @@ class Bpe:
 
   def encode_all(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
     """Returns the ids of every text; the library's own threads share the texts."""
+    texts = [list(_pieces(text)) if self._cuts else [text] for text in texts]
     ids = []
-    for few in _portions(texts):
+    for few in _portions(piece for pieces in texts for piece in pieces):
       found = self._inner.encode_batch_fast(few, add_special_tokens=False)
       ids.extend(np.array(f.ids, np.int32) for f in found)
-    return ids
+    edges = np.cumsum([0, *map(len, texts)])
+    return [np.concatenate(ids[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
   def decode(self, ids: Iterable[SupportsInt]) -> str:
     """Returns the text of ids; eot and ids without text are left out."""
@@ -204,7 +211,27 @@ def _byte_lengths(inner: tokenizers.Tokenizer, V: int, eot: int) -> Int32[np.nda
   return byte_lengths_V
 
 
-def _portions(texts: Sequence[str]) -> Iterable[list[str]]:
+def _cuts(inner: tokenizers.Tokenizer, parts: Mapping) -> bool:
+  """Returns whether texts may be cut where a space or newline follows what is none.
+
+  So it is where words are split by the pattern of Radford et al. 2019: it looks at nothing before
+  the word, and a word has white space at its start only. Added tokens may hold spaces inside.
+  """
+  words = parts["pre_tokenizer"]
+  plain = all(added.special for added in inner.get_added_tokens_decoder().values())
+  return plain and words["type"] == "ByteLevel" and words.get("use_regex", True)
+
+
+def _pieces(text: str) -> Iterator[str]:
+  """Returns a text in pieces that encode as they do together."""
+  start = 0
+  while end := _BEFORE_SPACE.search(text, start + _PIECE):
+    yield text[start : end.end()]
+    start = end.end()
+  yield text[start:]
+
+
+def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
   """Returns texts in order, a few at a time."""
   few, held = [], 0
   for text in texts:

@@ -68,11 +68,30 @@ def test_texts_encode_together_as_they_do_one_by_one(small, texts):
   assert [ids.tolist() for ids in together] == [small.encode(t).tolist() for t in texts]
 
 
-def test_portions_of_a_large_corpus_give_the_same_ids(small, monkeypatch):
-  whole = small.encode_all(TEXTS)
-  monkeypatch.setattr(tokenizers, "_CHARACTERS", 40)
-  for one, other in zip(whole, small.encode_all(TEXTS), strict=True):
-    np.testing.assert_array_equal(one, other)
+@pytest.mark.parametrize("name", tokenizers.packaged())
+@hypothesis.settings(deadline=None)
+@hypothesis.given(text=st.text(st.one_of(
+  st.sampled_from("ab'st \n\t1,\r\u00a0\u0085\u3000\x1c\u0301é"), st.characters(codec="utf-8"))))
+def test_a_text_cut_into_small_pieces_encodes_as_it_does_whole(name, text):
+  tokenizer = tokenizers.load(name)
+  whole = tokenizer.encode(text).tolist()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tokenizers, "_PIECE", 1)
+    patch.setattr(tokenizers, "_CHARACTERS", 3)
+    assert tokenizer.encode(text).tolist() == whole
+
+
+def test_a_tokenizer_whose_words_may_hold_spaces_is_given_whole_texts(small, tmp_path, monkeypatch):
+  inner = library.Tokenizer.from_str(small.text)
+  inner.add_tokens(["cat sat"])
+  inner.save(str(tmp_path / "added.json"))
+  tokenizer = tokenizers.load(str(tmp_path / "added.json"))
+  whole = tokenizers.load(changed(tmp_path, small, pre_tokenizer={"use_regex": False}))
+  texts = ["the cat sat and the cat sat", "x  y"]
+  before = [[ids.tolist() for ids in t.encode_all(texts)] for t in (tokenizer, whole)]
+  monkeypatch.setattr(tokenizers, "_PIECE", 1)
+  assert [[ids.tolist() for ids in t.encode_all(texts)] for t in (tokenizer, whole)] == before
+  assert before[0][0].count(270) == 2
 
 
 def test_training_twice_gives_one_tokenizer_and_other_texts_another(small):
