@@ -73,66 +73,98 @@ def run(
     NotFinite: a loss, gradient, parameter or validation result is; nothing of it is saved.
     ValueError: impossible arguments, data that ends early, checkpoints that cannot be used.
   """
-  workdir = None if workdir is None else pathlib.Path(workdir)
-  _check(steps, log_every, validate_every, save_every, keep, workdir, progress)
+  plan = _Plan(
+    steps, None if workdir is None else pathlib.Path(workdir), dict(config or {}), validate,
+    log_every, validate_every, save_every, keep, progress,
+  )  # fmt: skip
+  _check(plan)
   states.check_apart(state, frozen)
-  config = {} if config is None else config
-  state, history = _resume(state, data, workdir, config, steps)
-  done, waiting = int(state.step), []
-  if done == steps:
+  state, history = _resume(state, data, plan)
+  if int(state.step) == steps:
     return state, history
-  with (
-    metrics.sinks(workdir, done=done, steps=steps, progress=progress) as sinks,
-    metrics.Stopwatch() as stopwatch,
-  ):
-    clock = time.perf_counter()
-    for number in range(done + 1, steps + 1):
-      state, result = _advance(step, state, frozen, data, number, stopwatch)
-      waiting.append(result)
-      last = number == steps
-      checks = validate is not None and (last or _due(number, validate_every))
-      saves = workdir is not None and (last or _due(number, save_every))
-      if not (checks or saves or last or _due(number, log_every)):
-        continue
-      records = [_summary(state.params, waiting, clock, fresh=waiting[0].number == done + 1)]
-      if checks:
-        records.append(_validation(validate, state.params, number))
-      history = history + metrics.write(sinks, records)
-      if saves or last:
-        _check_state(state, waiting[-1])
-      if saves:
-        checkpoint.save(
-          workdir / CHECKPOINTS, state, position=data.get_state(), config=config, keep=keep
-        )
-      waiting, clock = [], time.perf_counter()
-  return state, history
+  return _train(step, state, frozen, data, plan, history)
 
 
-def _due(number: int, every: int) -> bool:
-  return every > 0 and number % every == 0
+class _Plan(NamedTuple):
+  """What `run` was asked for, under its names."""
+
+  steps: int
+  workdir: pathlib.Path | None
+  config: dict[str, Any]
+  validate: Callable[[Any], Mapping[str, float]] | None
+  log_every: int
+  validate_every: int
+  save_every: int
+  keep: int
+  progress: str
+
+  def checks(self, number: int) -> bool:
+    """Returns whether step `number` ends with a validation."""
+    return self.validate is not None and self._due(number, self.validate_every)
+
+  def saves(self, number: int) -> bool:
+    """Returns whether step `number` ends with a checkpoint."""
+    return self.workdir is not None and self._due(number, self.save_every)
+
+  def looks(self, number: int) -> bool:
+    """Returns whether results are fetched after step `number`."""
+    return self._due(number, self.log_every) or self.checks(number) or self.saves(number)
+
+  def _due(self, number: int, every: int) -> bool:
+    return number == self.steps or (every > 0 and number % every == 0)
 
 
-def _check(steps, log_every, validate_every, save_every, keep, workdir, progress) -> None:
-  if steps < 1 or log_every < 1 or keep < 1:
-    raise ValueError(f"loop: steps={steps}, log_every={log_every} and keep={keep} must be positive")
-  if validate_every < 0 or save_every < 0:
-    raise ValueError(f"loop: validate_every={validate_every} and save_every={save_every} must not "
-                     "be negative")
-  if save_every and workdir is None:
-    raise ValueError(f"loop: save_every={save_every} needs a workdir to save in")
-  metrics.check_progress(progress)
+def _check(plan: _Plan) -> None:
+  for name in ("steps", "log_every", "keep"):
+    if getattr(plan, name) < 1:
+      raise ValueError(f"loop: {name}={getattr(plan, name)} must be at least 1")
+  for name in ("validate_every", "save_every"):
+    if getattr(plan, name) < 0:
+      raise ValueError(f"loop: {name}={getattr(plan, name)} must not be negative")
+  if plan.save_every and plan.workdir is None:
+    raise ValueError(f"loop: save_every={plan.save_every} needs a workdir to save in")
+  metrics.check_progress(plan.progress)
+  json.dumps(plan.config, allow_nan=False)  # what no checkpoint could hold fails here, not later
 
 
-def _resume(state, data, workdir, config, steps):
+def _resume(state, data, plan: _Plan):
   """Returns the state and history to go on from; moves the data to the saved position."""
-  found = workdir and checkpoint.restore(workdir / CHECKPOINTS, state, config=config)
+  workdir = plan.workdir
+  found = workdir and checkpoint.restore(workdir / CHECKPOINTS, state, config=plan.config)
   state = found.state if found else state
   done = int(state.step)
-  if done > steps:
-    raise ValueError(f"{workdir or 'the state'} is at step {done}, beyond the {steps} asked for")
+  if done > plan.steps:
+    where = workdir or "the state"
+    raise ValueError(f"{where} is at step {done}, beyond the {plan.steps} asked for")
   if found:
     data.set_state(found.position)
   return state, metrics.truncate(workdir / METRICS, last=done) if workdir else []
+
+
+def _train(step, state, frozen, data, plan: _Plan, history: list[metrics.Record]):
+  """Returns the state and history after the steps that are left."""
+  done, waiting = int(state.step), []
+  with (
+    metrics.sinks(plan.workdir, done=done, steps=plan.steps, progress=plan.progress) as sinks,
+    metrics.Stopwatch() as stopwatch,
+  ):
+    clock = time.perf_counter()
+    for number in range(done + 1, plan.steps + 1):
+      state, result = _advance(step, state, frozen, data, number, stopwatch)
+      waiting.append(result)
+      if not plan.looks(number):
+        continue
+      records = [_summary(state.params, waiting, clock, fresh=waiting[0].number == done + 1)]
+      if plan.checks(number):
+        records.append(_validation(plan.validate, state.params, number))
+      history = history + metrics.write(sinks, records)
+      if plan.saves(number) or number == plan.steps:
+        _check_state(state, waiting[-1])
+      if plan.saves(number):
+        folder, position = plan.workdir / CHECKPOINTS, data.get_state()
+        checkpoint.save(folder, state, position=position, config=plan.config, keep=plan.keep)
+      waiting, clock = [], time.perf_counter()
+  return state, history
 
 
 def _advance(step, state, frozen, data, number, stopwatch) -> tuple[states.TrainState, _Done]:

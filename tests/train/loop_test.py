@@ -273,6 +273,17 @@ def test_another_config_leaves_the_workdir_as_it_was(tmp_path):
   assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_a_config_that_json_cannot_hold_fails_before_the_first_step():
+  class Untouched(tiny.Data):
+    """Data that nobody may ask for anything."""
+
+    def __next__(self):
+      raise AssertionError
+
+  with pytest.raises(TypeError, match="not JSON serializable"):
+    run(config={"sizes": {1, 2}}, data=Untouched())
+
+
 @pytest.mark.parametrize(
   "change,message",
   [
