@@ -132,7 +132,8 @@ def load_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file")
   try:
-    with np.load(path, allow_pickle=False) as held:
+    # Opened here: np.load leaves a file that is no archive open.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
       flat = {name: held[name] for name in held.files}
   except Exception as error:  # zip, header and array errors are of many types
     raise ValueError(f"{path} is damaged or not a parameter file: {error}") from error

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+TOY = "--config=configs/quickstart_toy.py"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Calls commands one after the other in one process: importing JAX costs more than most of them.
 DRIVER = """

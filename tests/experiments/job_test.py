@@ -1,6 +1,5 @@
 """The main job at toy size, as a user runs it: stages, reruns, mistakes."""
 
-import fcntl
 import json
 import pathlib
 import shutil
@@ -9,30 +8,9 @@ import pytest
 
 from cases import commands
 
-CONFIG = "--config=configs/quickstart_toy.py"
+CONFIG = commands.TOY
 STAGES = ["teacher", "calibrate", "plan", "cut", "ngrams", "evaluate_cut", "distil", "scratch",
           "evaluate_end", "report"]  # fmt: skip
-
-
-@pytest.fixture(name="finished", scope="session")
-def _finished(tmp_path_factory) -> pathlib.Path:
-  """The folder of a finished toy job, made once for all workers: `job`, `cache` and `out.json`."""
-  folder = tmp_path_factory.getbasetemp().parent / "toy_job"
-  folder.mkdir(exist_ok=True)
-  with (folder / "lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not (folder / "out.json").is_file():
-      done = commands.drive([("distill", [CONFIG, "--workdir=job"])], cwd=folder)
-      (folder / "out.json").write_text(json.dumps(done))
-  return folder
-
-
-@pytest.fixture(name="place")
-def _place(finished, tmp_path) -> pathlib.Path:
-  """A copy of the finished job that a test may change."""
-  for name in ("job", "cache"):
-    shutil.copytree(finished / name, tmp_path / name)
-  return tmp_path
 
 
 def call(place, name, *argv):
