@@ -97,6 +97,18 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluate.speed_repeats = 5
   c.evaluate.ngram = 6  # largest order of the byte n-gram baselines; 0 leaves them out
 
+  # A study of the teacher's Mamba heads before distillation: which are kept, and how many.
+  c.findings = ml_collections.ConfigDict()
+  c.findings.heads = ()  # heads a group to keep, e.g. (5, 3); empty leaves the study out
+  c.findings.seeds = 1  # calibration samples
+  c.findings.calibration = 4  # batches a sample
+  c.findings.batch = 8
+  c.findings.batches = 8  # of the validation split, where losses are measured
+
+  c.tokenizer = ml_collections.ConfigDict()  # what `experiments.tokenizer` trains
+  c.tokenizer.V = 4096
+  c.tokenizer.path = "tokenizer.json"
+
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = config_dict.placeholder(int)  # devices along the batch; unset: all that are left
   c.mesh.model = 1  # devices along G, K, F and V

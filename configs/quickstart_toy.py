@@ -21,4 +21,5 @@ def get_config():
   c.targets.update(D=12, F=16, H=2, P=4, J=2)
   c.distil.update(steps=4, **toy)
   c.evaluate.update(batches=2, batch=2, speed_repeats=2, ngram=2)
+  c.findings.update(heads=(3, 2), calibration=1, batch=2, batches=1)
   return c

@@ -124,8 +124,9 @@ def find(name: str) -> pathlib.Path:
 
 def installed() -> list[str]:
   """Returns the configs that come with the package, as `--config` takes them."""
-  files = sorted((ROOT / "configs").glob("*.py"))
-  return [f"configs/{path.name}" for path in files if path.stem not in ("__init__", "base")]
+  files = sorted((ROOT / "configs").rglob("*.py"), key=lambda path: (len(path.parts), path))
+  names = (path.relative_to(ROOT).as_posix() for path in files)
+  return [name for name in names if not name.endswith(("__init__.py", "base.py"))]
 
 
 def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import artefacts, evaluation, report, settings, stages, training
+from experiments import artefacts, evaluation, findings, report, settings, stages, training
 from experiments.cli import Job
 from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
@@ -32,6 +32,8 @@ def build(s: Setup) -> list[Stage]:
   if s.c.scratch.run == "same":
     made.append(_scratch(s))
     trained["scratch"] = "scratch"
+  if s.c.findings.heads:
+    made.append(_findings(s))
   made = [stage for stage in made if stage is not None]
   made.append(_evaluate(s, "evaluate_end", trained))
   return [*made, _report(s, made)]
@@ -225,6 +227,28 @@ def _scratch(s: Setup) -> Stage:
   return Stage("scratch", values, scratch, needs=needs)
 
 
+def _findings(s: Setup) -> Stage:
+  """How heads are best chosen, and how many can go, on the masked teacher."""
+  run = s.c.findings
+  seeds = [s.c.seed + 1000 + index for index in range(run.seeds)]
+
+  def study(folder: pathlib.Path, inputs: Inputs) -> None:
+    cfg, params = artefacts.load_model(inputs["teacher"])
+    streams = [s.train_batches(run, seed) for seed in seeds]
+    calibration = [[next(stream) for _ in range(run.calibration)] for stream in streams]
+    held_out = s.held_out(s.inside, "valid", run, run.batches)
+    result = findings.study(cfg, params, calibration, held_out, heads=run.heads)
+    artefacts.write_json(folder / "findings.json", result)
+    artefacts.write_bytes(folder / "findings.md", findings.markdown(result).encode())
+
+  values = {
+    "heads": list(run.heads), "calibration": run.calibration,
+    "train": [s.train_data(run, seed) for seed in seeds],
+    "data": s.held_out_data(s.inside, "valid", run, run.batches),
+  }  # fmt: skip
+  return Stage("findings", values, study, needs=("teacher",), version=findings.VERSION)
+
+
 def _report(s: Setup, made: list[Stage]) -> Stage:
   names = tuple(stage.name for stage in made)
 
@@ -241,8 +265,12 @@ def _report(s: Setup, made: list[Stage]) -> Stage:
     ngrams = {}
     if "ngrams" in inputs:
       ngrams = artefacts.read_json(inputs["ngrams"] / "ngrams.json")
+    studied = ""
+    if "findings" in inputs:
+      studied = (inputs["findings"] / "findings.md").read_text(encoding="utf-8")
     report.write(
       folder, title=f"hybridlm: {s.c.name}", results=results, ngrams=ngrams, logs=logs,
+      findings=studied,
       scores=Scores.load(inputs["calibrate"] / "scores.npz"),
       plan=Plan.load(inputs["plan"] / "plan.json"), facts=_facts(s, inputs, logs, results),
     )  # fmt: skip

@@ -113,6 +113,7 @@ def write(
   scores: Scores,
   plan: Plan,
   facts: Mapping[str, str],
+  findings: str = "",
 ) -> str:
   """Writes `report.md` and its pictures into a folder; returns the table.
 
@@ -125,6 +126,7 @@ def write(
     scores: what the plan was made from.
     plan: what was kept.
     facts: what else a reader needs to know, name -> sentence.
+    findings: what the study of the teacher's heads says, in Markdown.
   """
   summaries = {name: log["summary"] for name, log in logs.items()}
   rows = [row(name, results[name], summaries.get(name)) for name in NAMES if name in results]
@@ -146,6 +148,8 @@ def write(
       levels["small model"] = {"teacher, at its end": logs["teacher"]["valid"][-1]["ce"]}
     plots.curves(panels, levels, folder / "loss.png", y_label="cross-entropy (nats a token)")
     body += ["## Loss", "", "Thin: training. Dotted: validation.", "", "![loss](loss.png)", ""]
+  if findings:
+    body += ["## Which heads, and how many", "", findings, ""]
   body += ["## How it was made", "", *(f"* {name}: {text}" for name, text in facts.items()), ""]
   artefacts.write_bytes(folder / "report.md", "\n".join(body).encode())
   return main

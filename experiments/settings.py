@@ -181,7 +181,7 @@ def check(c: ConfigDict, grid: Mesh) -> None:
         f"mesh.data={rows}"
       )
     optimizer(run)
-  for key in ("calibrate", "evaluate"):
+  for key in ("calibrate", "evaluate", "findings"):
     if c[key].batch < 1 or c[key].batches < 1:
       raise ValueError(f"{key}: batch={c[key].batch}, batches={c[key].batches} must be positive")
     if c[key].batch % rows:
@@ -190,6 +190,10 @@ def check(c: ConfigDict, grid: Mesh) -> None:
     if c.evaluate[key] not in c.data.sources:
       known = ", ".join(sorted(c.data.sources))
       raise ValueError(f"evaluate.{key}={c.evaluate[key]!r} is not one of data.sources: {known}")
+  if c.findings.seeds < 1 or c.findings.calibration < 1:
+    raise ValueError(
+      f"findings: seeds={c.findings.seeds}, calibration={c.findings.calibration} must be positive"
+    )
   if c.scratch.run not in ("same", "none"):
     raise ValueError(f"scratch.run={c.scratch.run!r} is not one of same, none")
 
