@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+
 class Decay(NamedTuple):
   """How much of the past survives inside one chunk; all from exp of non-positive numbers."""
 
