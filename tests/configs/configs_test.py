@@ -1,7 +1,7 @@
 """Every config that comes with the package resolves, says how to run it, and fits together."""
 
 import importlib
-import pathlib
+import re
 
 import jax
 import pytest
@@ -10,12 +10,13 @@ from experiments import cli, settings
 from experiments.stages import flat
 from hybridlm import config
 
-NAMES = [pathlib.Path(name).stem for name in cli.installed()]
+NAMES = [path.removesuffix(".py").replace("/", ".") for path in cli.installed()]
+QUICKSTART, TOY = "configs.quickstart", "configs.quickstart_toy"
 
 
 def load(name):
   """Returns the module of a config and what it makes."""
-  module = importlib.import_module(f"configs.{name}")
+  module = importlib.import_module(name)
   return module, module.get_config()
 
 
@@ -25,16 +26,16 @@ def one_device():
 
 
 def test_the_installed_configs_are_found():
-  assert {"quickstart", "quickstart_toy"} <= set(NAMES) and "base" not in NAMES
+  assert {QUICKSTART, TOY} <= set(NAMES) and "configs.base" not in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_owns_its_name_and_its_header_says_command_cost_and_expectation(name):
   module, c = load(name)
-  assert c.name == name
-  command = f"python -m experiments.distill --config=configs/{name}.py"
+  assert c.name == name.rpartition(".")[2]
+  command = rf"python -m experiments\.\w+ --config={name.replace('.', '/')}\.py"
   header = module.__doc__.splitlines()
-  assert header[0].endswith(".") and command in header
+  assert any(re.fullmatch(command, line) for line in header)
   assert any("Cost:" in line for line in header) and any("Expect:" in line for line in header)
 
 
@@ -54,7 +55,7 @@ def test_a_config_describes_a_teacher_and_a_smaller_model(name, tmp_path):
 
 
 def test_the_quickstart_has_every_block_kind_and_groups_and_cuts_forty_percent(tmp_path):
-  _, c = load("quickstart")
+  _, c = load(QUICKSTART)
   s = settings.setup(c, one_device(), cache=tmp_path)
   assert set(s.cfg.pattern) == set("M-*") and s.cfg.G >= 2
   cut = 1 - config.parameters(s.small) / config.parameters(s.cfg)
@@ -62,6 +63,6 @@ def test_the_quickstart_has_every_block_kind_and_groups_and_cuts_forty_percent(t
 
 
 def test_the_toy_differs_from_the_quickstart_in_values_only():
-  toy, quick = (flat(load(name)[1].to_dict()) for name in ("quickstart_toy", "quickstart"))
+  toy, quick = (flat(load(name)[1].to_dict()) for name in (TOY, QUICKSTART))
   assert {type(value) for value in toy.values()} <= {type(value) for value in quick.values()}
   assert toy["calibrate.estimator"] == quick["calibrate.estimator"]

@@ -4,13 +4,24 @@ import json
 import pathlib
 import shutil
 
+import jax
 import pytest
 
 from cases import commands
+from configs import quickstart_toy
+from experiments import settings
+from hybridlm import config
 
 CONFIG = commands.TOY
 STAGES = ["teacher", "calibrate", "plan", "cut", "ngrams", "evaluate_cut", "distil", "scratch",
-          "evaluate_end", "report"]  # fmt: skip
+          "findings", "evaluate_end", "report"]  # fmt: skip
+
+
+def parameters() -> tuple[str, str]:
+  """Returns the parameters of the toy teacher and of its small model, as tables print them."""
+  grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  s = settings.setup(quickstart_toy.get_config(), grid, cache=pathlib.Path("unused"))
+  return tuple(f"{config.parameters(cfg):,}" for cfg in (s.cfg, s.small))
 
 
 def call(place, name, *argv):
@@ -37,9 +48,11 @@ def test_one_command_goes_from_text_to_a_report(finished):
   text = (finished / "job" / "report" / "report.md").read_text()
   for name in ("teacher", "pruned", "pruned + distilled", "same size from scratch"):
     assert f"| {name} | " in text
-  assert "| teacher | 14,780 |" in text and "| pruned | 9,112 |" in text
+  teacher, small = parameters()
+  assert f"| teacher | {teacher} |" in text and f"| pruned | {small} |" in text
   pictures = {path.name for path in (finished / "job" / "report").glob("*.png")}
-  assert pictures == {f"importance_{name}.png" for name in ("HP", "F", "KJ", "D")} | {"loss.png"}
+  maps = {f"importance_{name}.png" for name in ("HP", "F", "KJ", "D", "X")}
+  assert pictures == maps | {"loss.png"}
   assert all(f"]({name})" in text for name in pictures)
   assert "loss gap" in out and str(pathlib.Path("job", "report", "report.md")) in out
 
@@ -62,9 +75,9 @@ def test_a_dry_run_says_what_would_be_redone_and_computes_nothing(place):
   before = commands.files(place)
   code, out, err = call(place, "distill", "--config.targets.F=10", "--dry_run")
   assert (code, err) == (0, "")
-  kept = {"teacher", "calibrate", "ngrams"}
+  kept = {"teacher", "calibrate", "ngrams", "findings"}
   assert states(out) == {name: "done" if name in kept else "redo" for name in STAGES}
-  assert "targets.F: 16 -> 10" in out and "| teacher | 14,780 |" in out
+  assert "targets.F: 16 -> 10" in out and f"| teacher | {parameters()[0]} |" in out
   assert commands.files(place) == before
 
 
@@ -81,7 +94,7 @@ def test_workdirs_share_the_teacher_and_single_stages_stop_where_they_should(pla
   assert [code for code, _, _ in results] == [0] * 4
   assert [ran(out) for _, out, _ in results] == [[], ["calibrate"], ["plan", "cut"],
                                                  ["evaluate_cut"]]
-  assert "| pruned | 9,112 |" in results[3][1] and "| byte 2-gram |" in results[3][1]
+  assert f"| pruned | {parameters()[1]} |" in results[3][1] and "| byte 2-gram |" in results[3][1]
 
 
 def test_a_plan_and_a_teacher_given_as_files_are_used_as_they_are(place):
