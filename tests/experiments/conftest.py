@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import pathlib
 import shutil
 
@@ -13,7 +14,9 @@ from cases import commands
 @pytest.fixture(name="finished", scope="session")
 def _finished(tmp_path_factory) -> pathlib.Path:
   """The folder of a finished toy job, made once for all workers: `job`, `cache` and `out.json`."""
-  folder = tmp_path_factory.getbasetemp().parent / "toy_job"
+  base = tmp_path_factory.getbasetemp()
+  # A worker's folder lies in that of the whole run.
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toy_job"
   folder.mkdir(exist_ok=True)
   with (folder / "lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
