@@ -82,20 +82,34 @@ def forward(
     kept: surviving entries of a masked model, the second result of `mask`.
 
   Raises:
-    ValueError: ids outside the vocabulary, no position at all, or parameters of another model.
+    ValueError: ids outside the vocabulary (under `jax.jit` ids cannot be looked at), no position
+      at all, counts that `mask` did not return, or parameters of another model.
 
   >>> hybridlm.forward(cfg, params, jnp.zeros((1, 7), jnp.int32)).shape
   (1, 7, 31)
   """
   config.check(cfg, params)
+  _check_tokens(cfg, token_BL, "forward")
   token_BL = jnp.asarray(token_BL)
-  if token_BL.size == 0:
-    raise ValueError(f"forward: token_BL has shape {token_BL.shape}, it must hold a token")
-  low, high = int(token_BL.min()), int(token_BL.max())
-  if low < 0 or high >= cfg.V:
-    raise ValueError(f"forward: token id {low if low < 0 else high} is outside 0..V-1={cfg.V - 1}")
+  _check_kept(kept)
   segment_BL = None if segment_BL is None else jnp.asarray(segment_BL)
   return apply(cfg, params, token_BL, segment_BL, kept)[0]
+
+
+def _check_tokens(cfg: ModelConfig, token_BL: Any, place: str) -> None:
+  """Raises where ids are outside the vocabulary; ids that are being traced cannot be looked at."""
+  if token_BL.size == 0:
+    raise ValueError(f"{place}: token_BL has shape {token_BL.shape}, it must hold a token")
+  if isinstance(token_BL, jax.core.Tracer):
+    return
+  low, high = int(token_BL.min()), int(token_BL.max())
+  if low < 0 or high >= cfg.V:
+    raise ValueError(f"{place}: token id {low if low < 0 else high} is outside 0..V-1={cfg.V - 1}")
+
+
+def _check_kept(kept: Mapping[str, Any] | None) -> None:
+  if kept is not None and set(kept) != {"count", "blocks"}:
+    raise ValueError(f"kept has the keys {sorted(kept)}, not those that `mask` returns")
 
 
 def calibrate(
@@ -132,9 +146,7 @@ def calibrate(
   config.check(cfg, params)
   batches = list(batches)
   for number, batch in enumerate(batches):
-    high = int(np.max(batch["token_BL"]))
-    if high >= cfg.V:
-      raise ValueError(f"calibration batch {number}: token id {high} is outside V={cfg.V}")
+    _check_tokens(cfg, batch["token_BL"], f"calibration batch {number}")
   taps = functools.partial(apply_taps, cfg)
   scores = scoring.calibrate(
     cfg, taps, params, batches, estimator=estimator, letters=axes, data=data, seed=seed
@@ -145,6 +157,8 @@ def calibrate(
   blocks = depths.calibrate(cfg, taps, hidden, params, batches, estimator=depth)
   weights = (np.asarray(batch["weight_BL"]) for batch in batches)
   tokens = sum(float(weight_BL.sum()) / weight_BL.shape[1] for weight_BL in weights)
+  if not tokens > 0:
+    raise ValueError("calibration: no batch holds a real token, and depth scores need some")
   # Estimators without data have weight 1; depth scores always come from the batches.
   sums = {**scores.sums, "score_X": blocks * np.float32(scores.weight / tokens)}
   return Scores(sums, scores.weight, {**scores.meta, "depth": depth})

@@ -11,6 +11,10 @@ ACTIVATIONS = ("relu2", "swiglu")
 NORMS = ("rmsnorm", "layernorm1p")
 REMATS = ("none", "block")
 DTYPES = ("float32", "bfloat16")
+# Implementations that `ops` knows by these names, and its scan's default chunk off a CPU.
+SCANS = ("reference", "chunked")
+ATTENTIONS = ("xla", "cudnn", "splash")
+CHUNK = 128
 
 
 def _positive(owner: str, **sizes: Any) -> None:
@@ -57,6 +61,8 @@ class Mamba:
 
   def __post_init__(self):
     _positive("Mamba", G=self.G, H=self.H, P=self.P, N=self.N, W=self.W)
+    if not isinstance(self.dt_limits, tuple) or len(self.dt_limits) != 2:
+      raise ValueError(f"Mamba: dt_limits={self.dt_limits!r} must be a pair, as a tuple")
     low, high = self.dt_limits
     if not 0 <= low < high:
       raise ValueError(f"Mamba: dt_limits={self.dt_limits!r} must satisfy 0 <= low < high")
@@ -163,8 +169,13 @@ class ModelConfig:
 
   def __post_init__(self):
     _positive("ModelConfig", V=self.V, D=self.D)
-    if not self.blocks:
-      raise ValueError("ModelConfig: blocks is empty, a model has at least one block")
+    if not self.blocks or not isinstance(self.blocks, tuple):
+      raise ValueError(f"ModelConfig: blocks={self.blocks!r} must be a tuple of at least one block")
+    if self.chunk is not None:
+      _positive("ModelConfig", chunk=self.chunk)
+    for name, allowed in (("ssd", SCANS), ("attention", ATTENTIONS)):
+      if getattr(self, name) is not None:
+        _one_of("ModelConfig", name, getattr(self, name), allowed)
     _one_of("ModelConfig", "norm", self.norm, NORMS)
     _one_of("ModelConfig", "dtype", self.dtype, DTYPES)
     _one_of("ModelConfig", "remat", self.remat, REMATS)

@@ -8,6 +8,8 @@ import pytest
 from cases import models
 from hybridlm import config
 from hybridlm.config import Mamba, Mlp, ModelConfig, Rope
+from hybridlm.ops import attention
+from hybridlm.ops.ssd import api as scans
 
 PUBLISHED = {
   "nemotron_h_8b": 8_100_852_736,
@@ -67,6 +69,9 @@ def test_sizes_that_agree_are_attributes_and_others_raise():
     ({"rope": Rope(rotary=12)}, "12 rotary channels do not fit"),
     ({"window": 0}, "window=0 must be"),
     ({"eps": 0.0}, "must be positive"),
+    ({"chunk": 0}, "chunk=0 must be a whole number"),
+    ({"ssd": "triton"}, "ssd='triton' is not one of reference, chunked"),
+    ({"attention": "flash"}, "attention='flash' is not one of xla"),
   ],
 )
 def test_a_config_that_cannot_be_says_value_and_rule(change, message):
@@ -77,12 +82,18 @@ def test_a_config_that_cannot_be_says_value_and_rule(change, message):
 def test_a_missing_size_and_an_empty_model_are_refused():
   with pytest.raises(ValueError, match="'M' needs the size G"):
     ModelConfig.from_pattern("M", V=3, D=4)
-  with pytest.raises(ValueError, match="blocks is empty"):
+  with pytest.raises(ValueError, match="must be a tuple of at least one block"):
     ModelConfig(V=3, D=4, blocks=())
   with pytest.raises(ValueError, match="kind 'Z'"):
     ModelConfig.from_dict({"V": 3, "D": 4, "blocks": [{"kind": "Z"}]})
   with pytest.raises(ValueError, match="unexpected keyword"):
     ModelConfig.from_dict({**models.make().to_dict(), "colour": 1})
+
+
+def test_names_of_implementations_are_those_that_ops_knows():
+  assert config.SCANS == scans.IMPLEMENTATIONS
+  assert config.ATTENTIONS == attention.IMPLEMENTATIONS
+  assert config.CHUNK == scans.ACCELERATOR_CHUNK
 
 
 def test_check_names_the_leaf_that_is_wrong():

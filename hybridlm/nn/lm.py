@@ -77,7 +77,8 @@ class HybridLM(nn.Module):
       kept: surviving entries that each norm averages over, as `prune.cut.mask` returns them.
       taps: names from `TAPS`; what is not asked for costs nothing.
       output: "logits", float32 with padded vocabulary rows at minus infinity, or "hidden": the
-        pair `(hidden_BLD, head_DV)` from which a loss computes them chunk by chunk.
+        pair `(hidden_BLD, head_DV)`, both in the compute dtype, from which a loss computes them
+        chunk by chunk.
 
     Raises:
       ValueError: a tap or an output of another name.
@@ -96,7 +97,7 @@ class HybridLM(nn.Module):
       x_BLD, seen[name] = self._run(block, blocks[name], x_BLD, segment_BL, kept, name, taps)
     hidden_BLD = norm.residual(self.cfg, final, x_BLD, kept.get("count"))
     if output == "hidden":
-      return (hidden_BLD, head_DV), seen
+      return (hidden_BLD, head_DV.astype(hidden_BLD.dtype)), seen
     if output != "logits":
       raise ValueError(f"output {output!r} is not one of logits, hidden")
     return logits(self.cfg, hidden_BLD, head_DV), seen

@@ -42,7 +42,9 @@ def mix(
   x_BLGHP = jnp.einsum("BLD,DGHP->BLGHP", x_BLD, cast["w_x_DGHP"])
   b_BLGN = jnp.einsum("BLD,DGN->BLGN", x_BLD, cast["w_b_DGN"])
   c_BLGN = jnp.einsum("BLD,DGN->BLGN", x_BLD, cast["w_c_DGN"])
-  dt_BLGH = jnp.einsum("BLD,DGH->BLGH", x_BLD, cast["w_dt_DGH"])
+  dt_BLGH = jnp.einsum(
+    "BLD,DGH->BLGH", x_BLD, cast["w_dt_DGH"], preferred_element_type=jnp.float32
+  )
   seen = {"x_BLGHP": x_BLGHP, "z_BLGHP": z_BLGHP}
 
   def conv(array, stem, letters):
@@ -62,7 +64,8 @@ def mix(
     impl=cfg.ssd,
     chunk=cfg.chunk,
   )
-  y_BLGHP = y_BLGHP + cast["skip_GH"][..., None] * u_BLGHP
+  skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
+  y_BLGHP = (y_BLGHP.astype(jnp.float32) + skipped_BLGHP).astype(x_BLD.dtype)
   y_BLGHP = norm.gated_rms_norm(
     y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=(count or {}).get("count_G")
   )

@@ -46,10 +46,12 @@ def layer_norm(
   if count is None:
     variance = jnp.mean(square_D, axis=-1, keepdims=True)
   else:
+    # Each zero adds mean^2. Weighing them by the share that survived leaves out as many as were
+    # masked, and keeps the gradient where nothing was.
     zero_D = wide_D == 0
-    survivors = jnp.sum(zero_D, axis=-1, keepdims=True) - (size - count)
-    total = jnp.sum(jnp.where(zero_D, 0, square_D), axis=-1, keepdims=True)
-    variance = (total + survivors * mean**2) / count
+    zeros = jnp.sum(zero_D, axis=-1, keepdims=True)
+    share = (zeros - (size - count)) / jnp.maximum(zeros, 1)
+    variance = jnp.sum(jnp.where(zero_D, share, 1.0) * square_D, axis=-1, keepdims=True) / count
   normal_D = (wide_D - mean) * jax.lax.rsqrt(variance + eps)
   return (normal_D * gain_D + bias_D).astype(x_D.dtype)
 

@@ -70,7 +70,7 @@ def cost(cfg: ModelConfig, *, context: int = 8192, batch: int = 1) -> Cost:
     raise ValueError(f"cost: context={context} and batch={batch} must be at least 1")
   width = BYTES[cfg.dtype]
   kv = conv = ssm = 0
-  chunk = min(cfg.chunk or 128, context)
+  chunk = min(cfg.chunk or config.CHUNK, context)
   prefill = decode = 2.0 * cfg.D * cfg.V
   for index, block in enumerate(cfg.blocks):
     shapes = (axes.shape(name, cfg.sizes(index)) for name in block.leaves if name.startswith("w_"))

@@ -116,9 +116,11 @@ def mask(
     gone = index not in plan.blocks
     masked["blocks"][block_name(index)] = jax.tree.map(jnp.zeros_like, folder) if gone else folder
   small = plan.small_config()
+  left = dict(zip(plan.blocks, small.blocks, strict=True))
   counts = {}
-  for new, old in enumerate(plan.blocks):
-    block = small.blocks[new]
-    if isinstance(block, Mamba):
-      counts[block_name(old)] = {"count_G": jnp.full(block.G, block.H * block.P, jnp.float32)}
+  for index, parent in enumerate(cfg.blocks):
+    if isinstance(parent, Mamba):
+      # A block that goes is listed too: the tree, and so the compiled program, is every plan's.
+      block = left.get(index, parent)
+      counts[block_name(index)] = {"count_G": jnp.full(block.G, block.H * block.P, jnp.float32)}
   return masked, {"count": jnp.float32(small.D), "blocks": counts}

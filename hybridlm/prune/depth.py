@@ -1,5 +1,6 @@
 """Depth scores: what the model loses with one block less."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,18 @@ def without(params: Mapping[str, Any], index: int) -> dict[str, Any]:
   return {**params, "blocks": {**params["blocks"], name: zeros}}
 
 
+@functools.partial(jax.jit, static_argnames="vocabulary")
+def _divergence(full, small, batch, *, vocabulary: int) -> jax.Array:
+  return loss.sums(
+    *small,
+    batch["token_BL"],
+    batch["weight_BL"],
+    teacher_BLD=full[0],
+    teacher_head_DV=full[1],
+    vocabulary=vocabulary,
+  )["kl"]
+
+
 def leave_one_out_kl(
   cfg: ModelConfig, hidden: Hidden, params: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> np.ndarray:
@@ -36,21 +49,12 @@ def leave_one_out_kl(
   Source: arXiv 2504.11409, section 3.2.
   """
 
-  def divergence(full, small):
-    return loss.sums(
-      small[0],
-      small[1],
-      jnp.asarray(batch["token_BL"]),
-      jnp.asarray(batch["weight_BL"]),
-      teacher_BLD=full[0],
-      teacher_head_DV=full[1],
-      vocabulary=cfg.real_vocabulary,
-    )["kl"]
-
+  batch = {name: jnp.asarray(batch[name]) for name in batch}
   full = hidden(params, batch)
-  divergence = jax.jit(divergence)
-  blocks = range(len(cfg.blocks))
-  kl = [divergence(full, hidden(without(params, index), batch)) for index in blocks]
+  kl = []
+  for index in range(len(cfg.blocks)):
+    small = hidden(without(params, index), batch)
+    kl.append(_divergence(full, small, batch, vocabulary=cfg.real_vocabulary))
   return np.asarray(jax.device_get(kl), np.float32)
 
 

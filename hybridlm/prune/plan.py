@@ -106,6 +106,9 @@ class Plan:
     missing = {"source", "config", "keep"} - set(plain)
     if missing:
       raise ValueError(f"plan {path}: the key {min(missing)!r} is missing")
+    for key, kind, word in (("keep", dict, "a table"), ("source", str, "a SHA-256")):
+      if not isinstance(plain[key], kind):
+        raise ValueError(f"plan {path}: {key} must be {word}, not {plain[key]!r}")
     return cls(ModelConfig.from_dict(plain["config"]), plain["source"], plain["keep"])
 
 
@@ -114,11 +117,12 @@ def _frozen(value: Any) -> Any:
     return {key: _frozen(item) for key, item in value.items()}
   if isinstance(value, (list, tuple, np.ndarray)):
     return tuple(_frozen(item) for item in value)
-  return value if isinstance(value, (str, float)) else int(value)
+  return int(value) if isinstance(value, np.integer) else value
 
 
 def _check_row(row: Any, size: int, place: str) -> None:
-  if not isinstance(row, tuple) or not all(isinstance(i, int) for i in row):
+  whole = isinstance(row, tuple) and all(type(i) is int for i in row)
+  if not whole:
     raise ValueError(f"plan: {place} is not a list of whole numbers")
   if not row:
     raise ValueError(f"plan: {place} keeps nothing; at least one entry must stay")

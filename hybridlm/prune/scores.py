@@ -86,9 +86,12 @@ class Scores:
     Raises:
       ValueError: they were made from other parameters, another estimator or another dtype.
     """
-    for key in ("parameters", "estimator", "version", "dtype"):
-      if self.meta[key] != other.meta[key]:
-        raise ValueError(f"scores differ in {key}: {self.meta[key]} and {other.meta[key]}")
+    for key in ("parameters", "estimator", "version", "dtype", "depth"):
+      one, two = self.meta.get(key), other.meta.get(key)
+      if one != two:
+        raise ValueError(f"scores differ in {key}: {one} and {two}")
+    if self.meta["estimator"] == "random":
+      raise ValueError("scores of the estimator 'random' do not merge: a mean of draws is no draw")
     if set(self.sums) != set(other.sums):
       raise ValueError(f"scores differ in axes: {self.axes} and {other.axes}")
     sums = {path: self.sums[path] + other.sums[path] for path in self.sums}

@@ -69,6 +69,8 @@ def _check_names(cfg: ModelConfig, targets: Targets) -> None:
     kind = KINDS.get(name)
     if kind and not any(isinstance(block, kind) for block in cfg.blocks):
       raise ValueError(f"target {name}={value}: no block of {cfg.pattern!r} has this axis")
+    if isinstance(value, Mapping) and not kind:
+      raise ValueError(f"target {name}={value!r}: one size for the whole model, not one a block")
     for index in value if isinstance(value, Mapping) else ():
       inside = str(index).isdigit() and int(index) < len(cfg.blocks)
       if not inside or (kind and not isinstance(cfg.blocks[int(index)], kind)):
@@ -111,11 +113,13 @@ def kept_blocks(cfg: ModelConfig, scores: Scores, target: Any) -> np.ndarray:
   """
   count = len(cfg.blocks)
   if isinstance(target, (list, tuple)):
-    listed = sorted(set(target))
+    whole = all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in target)
+    listed = sorted(set(target)) if whole else []
     if not listed or listed[0] < 0 or listed[-1] >= count or len(listed) != len(target):
       raise ValueError(f"target blocks={target!r}: not distinct indices of the {count} blocks")
     return np.asarray(listed, np.int32)
-  if isinstance(target, bool) or not isinstance(target, int) or not 1 <= target <= count:
+  whole = isinstance(target, (int, np.integer)) and not isinstance(target, bool)
+  if not whole or not 1 <= target <= count:
     raise ValueError(f"target blocks={target!r}: the parent has {count}, keep 1 to {count}")
   return top(scores.get("score_X"), target)
 

@@ -15,14 +15,16 @@ PATTERN = "M-M*-"
 VARIANTS = {
   "untied": {},
   "tied": {"tied": True},
-  "layernorm": {"norm": "layernorm1p", "bias": True, "rope": Rope(rotary=4), "window": 9},
-  "swiglu": {"activation": "swiglu", "conv_bias": False, "bias": True},
+  "layernorm": {
+    "norm": "layernorm1p", "bias": True, "rope": Rope(rotary=4), "window": 9, "chunk": 8,
+  },
+  "swiglu": {"activation": "swiglu", "conv_bias": False, "bias": True, "chunk": 8},
 }
 
 
 def make(variant="untied", pattern=PATTERN, **changes):
   """Returns the config of a variant; `changes` override sizes and fields."""
-  used = "VD" + "".join(KINDS[symbol].axes for symbol in set(pattern))
+  used = "VD" + "".join(KINDS[symbol].axes for symbol in set(pattern) & set(KINDS))
   sizes = {letter: size for letter, size in SIZES.items() if letter in used}
   return hybridlm.ModelConfig.from_pattern(pattern, **{**sizes, **VARIANTS[variant], **changes})
 

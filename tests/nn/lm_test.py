@@ -37,9 +37,10 @@ def test_later_tokens_never_change_earlier_logits(variant):
   cfg = models.make(variant)
   params = models.params(cfg, 5.0)
   token_BL = models.tokens(cfg, (1, 23))
-  position = 11
 
-  def earlier(embed_LD):
+  @jax.jit
+  @jax.grad
+  def earlier(embed_LD, position):
     # The embedding of each position apart: the gradient says which positions were seen.
     wide = {**params, "embed": {"w_embed_VD": embed_LD}}
     sized = cfg.replace(V=23, tied=False)
@@ -48,10 +49,12 @@ def test_later_tokens_never_change_earlier_logits(variant):
     logits = api.apply(sized, wide, jnp.arange(23)[None])[0]
     return jnp.sum(logits[0, position] * jnp.arange(1.0, 24.0))
 
-  gradient_LD = jax.grad(earlier)(params["embed"]["w_embed_VD"][token_BL[0]])
-  size_L = jnp.abs(gradient_LD).max(-1)
-  np.testing.assert_array_equal(size_L[position + 1 :], 0.0)
-  assert size_L[: position + 1].min() > 0
+  # On both sides of a chunk's edge where chunks are 8 long, and within.
+  for position in (7, 8, 11, 22):
+    gradient_LD = earlier(params["embed"]["w_embed_VD"][token_BL[0]], position)
+    size_L = jnp.abs(gradient_LD).max(-1)
+    np.testing.assert_array_equal(size_L[position + 1 :], 0.0)
+    assert size_L[: position + 1].min() > 0
 
 
 @pytest.mark.parametrize("variant", models.VARIANTS)

@@ -45,6 +45,37 @@ def test_masked_parent_and_cut_child_give_the_same_logits(axis, variant, scale):
   assert models.error(hybridlm.forward(cfg, params, token_BL), want) > 1e-3
 
 
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_mask_equals_cut_with_segments_padded_vocabulary_and_rematerialised_blocks(variant):
+  cfg = models.make(variant, vocabulary=29, remat="block", dt_limits=(0.01, 0.05))
+  params = models.params(cfg, 10.0)
+  plan = planned(cfg, params, TARGETS["all"])
+  batch = models.batches(cfg, 1)[0]
+  small_cfg, small = cutting.cut(cfg, params, plan)
+  masked, kept = hybridlm.mask(cfg, params, plan)
+  arrays = (batch["token_BL"], batch["segment_BL"])
+  want = hybridlm.forward(small_cfg, small, *arrays)[..., :29]
+  got = hybridlm.forward(cfg, masked, *arrays, kept=kept)[..., :29]
+  assert models.error(got, want) < 1e-5
+
+
+def test_masks_of_any_plan_run_in_one_compiled_program():
+  cfg = models.make(D=14)
+  params = models.params(cfg)
+  before = api.apply._cache_size()
+  for targets in TARGETS.values():
+    sizes = {**targets, **({"D": 9} if "D" in targets else {})}
+    masked, kept = hybridlm.mask(cfg, params, planned(cfg, params, sizes))
+    hybridlm.forward(cfg, masked, models.tokens(cfg), kept=kept)
+  assert api.apply._cache_size() == before + 1
+
+
+def test_counts_that_mask_did_not_return_are_refused():
+  cfg = models.make()
+  with pytest.raises(ValueError, match=r"kept has the keys \['counts'\]"):
+    hybridlm.forward(cfg, models.params(cfg), models.tokens(cfg), kept={"counts": {}})
+
+
 @pytest.mark.parametrize("axis", ["H", "P", "D"])
 def test_without_the_kept_counts_the_masked_model_is_another_one(axis):
   cfg = models.make()
@@ -56,8 +87,10 @@ def test_without_the_kept_counts_the_masked_model_is_another_one(axis):
   assert models.error(hybridlm.forward(cfg, masked, token_BL), with_kept) > 1e-3
 
 
-def test_in_bfloat16_compute_mask_and_cut_agree_within_its_rounding():
-  cfg = models.make(dtype="bfloat16")
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_in_bfloat16_compute_mask_and_cut_agree_within_its_rounding(variant):
+  # At 5 times the default initialisation; larger weights round more.
+  cfg = models.make(variant, dtype="bfloat16")
   params = models.params(cfg, 5.0)
   plan = planned(cfg, params, TARGETS["all"])
   small_cfg, small = hybridlm.cut(cfg, params, plan)
@@ -67,8 +100,9 @@ def test_in_bfloat16_compute_mask_and_cut_agree_within_its_rounding():
   assert models.error(hybridlm.forward(cfg, masked, token_BL, kept=kept), want) < 0.03
 
 
-def test_gradients_of_the_masked_model_are_those_of_the_cut_one():
-  cfg = models.make()
+@pytest.mark.parametrize("variant", ["untied", "layernorm"])
+def test_gradients_of_the_masked_model_are_those_of_the_cut_one(variant):
+  cfg = models.make(variant)
   params, batch = models.params(cfg, 5.0), models.batches(cfg, 1)[0]
   plan = planned(cfg, params, TARGETS["all"])
   small_cfg, small = cutting.cut(cfg, params, plan)

@@ -30,6 +30,13 @@ def test_leave_one_out_is_the_divergence_from_the_model_without_the_block():
     assert scores.get("score_X")[index] == pytest.approx(float(want), rel=1e-4, abs=1e-7)
 
 
+def test_batches_of_one_shape_share_one_program():
+  cfg = models.make(D=12)
+  before = depth._divergence._cache_size()
+  hybridlm.calibrate(cfg, models.params(cfg), models.batches(cfg, 3), axes="F", depth="kl")
+  assert depth._divergence._cache_size() == before + 1
+
+
 def test_influence_is_one_minus_the_cosine_of_input_and_output():
   cfg = models.make()
   params, batch = models.params(cfg, 4.0), models.batches(cfg, 1)[0]

@@ -80,6 +80,8 @@ def test_what_is_not_named_stays_whole(made):
     ({"heads": 6, "H": 3}, "one size in two units"),
     ({"Z": 3}, "target 'Z' is not one of"),
     ({"F": {0: 3}}, "target F: block 0 of 'M-M\\*-' has no such axis"),
+    ({"D": {3: 9}}, "one size for the whole model"),
+    ({"blocks": (0.6, 1)}, "not distinct indices"),
     ({"blocks": 6}, "target blocks=6: the parent has 5"),
     ({"blocks": 0}, "target blocks=0"),
     ({"blocks": (0, 5)}, "not distinct indices"),
@@ -123,6 +125,11 @@ def test_scores_that_miss_an_axis_are_named(letters, targets, missing):
     ({"00": {"keep_F": [0]}}, "block 00 \\(M\\) has no axis for 'keep_F'"),
     ({"05": {"keep_F": [0]}}, "'05' is neither a block"),
     ({"01": {"keep_F": 3}}, "block 01: keep_F is not a list"),
+    ({"keep_D": None}, "keep_D is not a list"),
+    ({"keep_D": [True, 2]}, "keep_D is not a list"),
+    ({"00": {"keep_GH": [[0, None], [1, 2]]}}, "keep_GH row 0 is not a list"),
+    ([1], "keep must be a table, not"),
+    (5, "keep must be a table, not"),
   ],
 )
 def test_a_manifest_that_does_not_fit_its_parent_is_refused(tmp_path, keep, message):

@@ -97,6 +97,15 @@ def test_scores_of_other_parameters_or_estimators_do_not_merge():
   )
   with pytest.raises(ValueError, match="differ in estimator"):
     one.merge(gate)
+  depths = [
+    hybridlm.calibrate(cfg, models.params(cfg), models.batches(cfg, 1), axes="F", depth=depth)
+    for depth in ("kl", "influence")
+  ]
+  with pytest.raises(ValueError, match="differ in depth: kl and influence"):
+    depths[0].merge(depths[1])
+  draw = hybridlm.calibrate(cfg, models.params(cfg), [], estimator="random")
+  with pytest.raises(ValueError, match="do not merge"):
+    draw.merge(draw)
   part = hybridlm.calibrate(cfg, models.params(cfg), models.batches(cfg, 1), axes="F")
   with pytest.raises(ValueError, match="differ in axes"):
     one.merge(part)
@@ -205,5 +214,10 @@ def test_batches_without_a_real_token_or_with_a_foreign_one_are_refused():
   with pytest.raises(ValueError, match="no batch holds a real token"):
     hybridlm.calibrate(cfg, models.params(cfg), [empty])
   foreign = {**batch, "token_BL": np.full_like(batch["token_BL"], 31)}
-  with pytest.raises(ValueError, match="batch 0: token id 31 is outside V=31"):
+  with pytest.raises(ValueError, match="batch 0: token id 31 is outside"):
     hybridlm.calibrate(cfg, models.params(cfg), [foreign])
+  below = {**batch, "token_BL": np.full_like(batch["token_BL"], -1)}
+  with pytest.raises(ValueError, match="batch 0: token id -1 is outside"):
+    hybridlm.calibrate(cfg, models.params(cfg), [below])
+  with pytest.raises(ValueError, match="depth scores need some"):
+    hybridlm.calibrate(cfg, models.params(cfg), [], estimator="magnitude", depth="kl")
