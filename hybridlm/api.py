@@ -170,6 +170,8 @@ def mask(
   """Returns `(masked, kept)`: the parent's shapes with zeros, and what its norms divide by.
 
   >>> masked, kept = hybridlm.mask(cfg, params, plan)
+  >>> float(kept["count"]), masked["blocks"]["01"]["w_up_DF"].shape
+  (16.0, (16, 24))
   >>> logits_BLV = hybridlm.forward(cfg, masked, token_BL, kept=kept)
   """
   return cutting.mask(cfg, params, plan)
@@ -188,6 +190,8 @@ def cut(
     RuntimeError: the verification failed; the cut is wrong and nothing is returned.
 
   >>> small_cfg, small_params = hybridlm.cut(cfg, params, plan)
+  >>> small_params["blocks"]["01"]["w_up_DF"].shape
+  (16, 11)
   """
   small_cfg, small = cutting.cut(cfg, params, plan)
   verify(cfg, params, plan, small_cfg, small)
@@ -231,6 +235,10 @@ def language_loss(cfg: ModelConfig) -> Callable[..., dict[str, jax.Array]]:
   """Returns `(params, frozen, batch) -> sums`: next-token cross-entropy; `frozen` is not read.
 
   The sums are those of `distill.loss.sums`: `loss` and `weight` among them.
+
+  >>> sums = hybridlm.language_loss(cfg)(params, None, batches[0])
+  >>> bool(abs(sums["loss"] / sums["weight"] - jnp.log(31)) < 0.1)  # nothing learnt yet
+  True
   """
 
   def sums(params, frozen, batch):
@@ -267,6 +275,10 @@ def distillation_loss(
 
   Raises:
     ValueError: the vocabularies differ.
+
+  >>> sums = hybridlm.distillation_loss(cfg, cfg)(params, params, batches[0])
+  >>> bool(abs(sums["kl"]) < 1e-4)  # of a model with itself
+  True
   """
   if cfg.real_vocabulary != teacher_cfg.real_vocabulary:
     raise ValueError(

@@ -65,6 +65,9 @@ def cost(cfg: ModelConfig, *, context: int = 8192, batch: int = 1) -> Cost:
 
   Raises:
     ValueError: `context` or `batch` below 1.
+
+  >>> hybridlm.cost(hybridlm.config.PRESETS["nemotron_h_8b"]).parameters
+  8100852736
   """
   if context < 1 or batch < 1:
     raise ValueError(f"cost: context={context} and batch={batch} must be at least 1")

@@ -137,6 +137,10 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   Raises:
     ValueError: an unknown target; a size larger than the parent's, zero, or heads that groups
       cannot share equally; scores that miss an axis.
+
+  >>> plan = hybridlm.plan(cfg, scores, {"F": 11, "H": 3})
+  >>> [block.F for block in plan.small_config().blocks if block.symbol == "-"]
+  [11]
   """
   _check_names(cfg, targets)
   keep: dict[str, Any] = {}
