@@ -12,7 +12,7 @@ import pytest
 
 from cases import commands
 
-STEPS, KILLS, EVERY = 60, 6, 5
+STEPS, KILLS, EVERY = 60, 10, 5
 ARGS = [commands.TOY, f"--config.distil.steps={STEPS}", "--config.distil.save_every=1",
         "--config.distil.validate_every=7"]  # fmt: skip
 DISTIL = "import sys; from experiments import cli, pipeline; " \
