@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> Job | None:
   flags.DEFINE_string(
     "cache_dir", None, "What workdirs share: teachers, token ids, compiled programs; default: "
     "the folder cache beside the workdir.", flag_values=values,
-  )  # fmt: skip
+  )
   flags.DEFINE_bool(
     "dry_run", False, "Print stages, sizes and memory; compute nothing.", flag_values=values
   )

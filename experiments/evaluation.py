@@ -29,7 +29,7 @@ def quality(
   evaluate = lm.make(
     functools.partial(api.apply_hidden, cfg), bytes_V=jnp.asarray(byte_lengths_V),
     teacher=functools.partial(api.apply_hidden, teacher_cfg), vocabulary=cfg.real_vocabulary,
-  )  # fmt: skip
+  )
   return {name: evaluate(params, teacher_params, batches) for name, batches in tests.items()}
 
 

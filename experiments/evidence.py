@@ -22,7 +22,7 @@ def main(job: cli.Job) -> None:
     head = [
       f"# {name}", "", f"    {command}", "",
       f"Made on {evaluation.machine()}.", "", text, "",
-    ]  # fmt: skip
+    ]
     path = RESULTS / f"{name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     artefacts.write_bytes(path, "\n".join(head).encode())

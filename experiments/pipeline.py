@@ -27,7 +27,7 @@ def build(s: Setup) -> list[Stage]:
   made = [
     _teacher(s), *planned, _cut(s), _ngrams(s),
     _evaluate(s, "evaluate_cut", {"teacher": "teacher", "pruned": "cut"}), _distil(s),
-  ]  # fmt: skip
+  ]
   trained = {"distilled": "distil"}
   if s.c.scratch.run == "same":
     made.append(_scratch(s))
@@ -72,13 +72,13 @@ def _teacher(s: Setup) -> Stage:
       loss_fn=hybridlm.language_loss(s.cfg), frozen=None,
       train=s.train_batches(run, s.c.seed),
       valid=s.validation(run),
-    )  # fmt: skip
+    )
     training.train(folder, recipe, run, s.grid)
 
   values = {
     "model": s.cfg.to_dict(), "training": _recipe(run), "seed": s.c.seed,
     "data": s.train_data(run, s.c.seed),
-  }  # fmt: skip
+  }
   return Stage("teacher", values, pretrain, home=s.cache)
 
 
@@ -91,13 +91,13 @@ def _calibrate(s: Setup) -> Stage:
     scores = hybridlm.calibrate(
       cfg, params, s.held_out(s.inside, run.split, run, run.batches), estimator=run.estimator,
       axes=run.axes, depth=run.depth, data=fingerprint, seed=s.c.seed,
-    )  # fmt: skip
+    )
     scores.save(folder / "scores.npz")
 
   values = {
     "estimator": run.estimator, "axes": run.axes, "depth": run.depth, "data": fingerprint,
     "seed": s.c.seed,
-  }  # fmt: skip
+  }
   return Stage("calibrate", values, calibrate, needs=("teacher",))
 
 
@@ -195,7 +195,7 @@ def _distil(s: Setup) -> Stage:
       cfg=cfg, params=params, loss_fn=hybridlm.distillation_loss(cfg, teacher_cfg, **loss),
       frozen=teacher, train=s.train_batches(run, s.c.seed + 1),
       valid=s.validation(run),
-    )  # fmt: skip
+    )
     training.train(folder, recipe, run, s.grid)
 
   values = {"training": _recipe(run), "data": s.train_data(run, s.c.seed + 1)}
@@ -215,7 +215,7 @@ def _scratch(s: Setup) -> Stage:
       loss_fn=hybridlm.language_loss(cfg), frozen=None,
       train=s.train_batches(run, s.c.seed + 1),
       valid=s.validation(run),
-    )  # fmt: skip
+    )
     training.train(folder, recipe, run, s.grid, peak=peak)
 
   own = ("temperature", "kl", "ce", "peak")
@@ -223,7 +223,7 @@ def _scratch(s: Setup) -> Stage:
     "training": {key: value for key, value in _recipe(run).items() if key not in own},
     "peak": peak, "seed": s.c.seed + 1, "data": s.train_data(run, s.c.seed + 1),
     "model": None if needs else s.small.to_dict(),
-  }  # fmt: skip
+  }
   return Stage("scratch", values, scratch, needs=needs)
 
 
@@ -245,7 +245,7 @@ def _findings(s: Setup) -> Stage:
     "heads": list(run.heads), "calibration": run.calibration,
     "train": [s.train_data(run, seed) for seed in seeds],
     "data": s.held_out_data(s.inside, "valid", run, run.batches),
-  }  # fmt: skip
+  }
   return Stage("findings", values, study, needs=("teacher",), version=findings.VERSION)
 
 
@@ -256,12 +256,12 @@ def _report(s: Setup, made: list[Stage]) -> Stage:
     results = {
       name: result for key in ("evaluate_cut", "evaluate_end")
       for name, result in artefacts.read_json(inputs[key] / "results.json").items()
-    }  # fmt: skip
+    }
     runs = {"teacher": "teacher", "distilled": "distil", "scratch": "scratch"}
     logs = {
       name: artefacts.read_json(inputs[stage] / "log.json") for name, stage in runs.items()
       if stage in inputs and (inputs[stage] / "log.json").is_file()
-    }  # fmt: skip
+    }
     ngrams = {}
     if "ngrams" in inputs:
       ngrams = artefacts.read_json(inputs["ngrams"] / "ngrams.json")
@@ -273,7 +273,7 @@ def _report(s: Setup, made: list[Stage]) -> Stage:
       findings=studied,
       scores=Scores.load(inputs["calibrate"] / "scores.npz"),
       plan=Plan.load(inputs["plan"] / "plan.json"), facts=_facts(s, inputs, logs, results),
-    )  # fmt: skip
+    )
 
   return Stage("report", {"name": s.c.name}, write, needs=names)
 
@@ -313,7 +313,7 @@ def dry_run(s: Setup, made: list[Stage], workdir: pathlib.Path) -> str:
       name, f"{count:,}", _megabytes(4 * count), _megabytes(16 * count),
       _megabytes(cost.kv_bytes + cost.conv_bytes + cost.ssm_bytes),
       f"{cost.prefill_flops / 1e6:,.1f}",
-    ])  # fmt: skip
+    ])
     lines.append(f"{name}: {report.sizes(cfg)}")
   teacher, small = config.parameters(s.cfg), config.parameters(s.small)
   lines.append(f"the small model keeps {small / teacher:.1%} of the parameters")

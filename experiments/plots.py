@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 
 from hybridlm import axes
@@ -13,8 +14,9 @@ from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 
 KEPT, DROPPED = "#2b6cb0", "#dd6b20"
+FEW = 64  # bars that have room for gaps between them
 TITLES = {"F": "MLP width F", "KJ": "queries J of each key-value head K", "D": "residual width D",
-          "X": "blocks X"}  # fmt: skip
+          "X": "blocks X"}
 
 
 class Curve(NamedTuple):
@@ -39,10 +41,11 @@ def _bars(ax, score: np.ndarray, kept: np.ndarray | None, title: str) -> None:
   order = np.arange(score.size)
   for where, colour, label in ((stays, KEPT, "kept"), (~stays, DROPPED, "dropped")):
     if where.any():
-      ax.bar(order[where], score[where], width=1.0, color=colour, label=f"{label} {where.sum()}")
-  ax.set_title(title, fontsize=9)
+      width = 0.9 if score.size <= FEW else 1.0
+      ax.bar(order[where], score[where], width=width, color=colour, label=f"{label} {where.sum()}")
+  ax.set_title(title, fontsize=9, loc="left")
   ax.set_xlim(-0.5, score.size - 0.5)
-  ax.legend(fontsize=7, loc="upper right")
+  ax.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
 def _flat_kept(plan: Plan, index: int, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -91,7 +94,7 @@ def _heads_figure(scores: Scores, plan: Plan, blocks: Sequence[int]):
     ax.set_title(
       f"block {block_name(index)}: {len(lost_rows)} of {groups * heads} heads and "
       f"{len(lost_columns)} of {channels} channels dropped (crossed out)", fontsize=9,
-    )  # fmt: skip
+    )
   grid[-1].set_xlabel("channel P")
   return figure
 
@@ -151,6 +154,7 @@ def curves(
     for number, (label, level) in enumerate(levels.get(title, {}).items()):
       ax.axhline(level, color=f"C{5 + number}", ls="--", lw=1, label=label)
     ax.set_title(title, fontsize=10)
+    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     ax.set_xlabel("tokens seen")
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)

@@ -20,7 +20,7 @@ NAMES = {
 HEADER = (
   "model", "parameters", "bits/byte in domain", "bits/byte out of domain", "top-1 agreement",
   "KL to teacher (nats)", "training tokens/s", "forward tokens/s",
-)  # fmt: skip
+)
 
 
 def recovery(results: Mapping[str, Any]) -> float:
@@ -134,10 +134,10 @@ def write(
   main = table(HEADER, rows)
   body += [main, "", "Bits per byte count every predicted token, ends of documents too. Agreement "
            "and KL are in domain. Training speed of a distilled model includes its teacher's "
-           "forward pass.", ""]  # fmt: skip
+           "forward pass.", ""]
   if ngrams:
     body += ["## Baselines", "", "Counted on the same training split; predicted is the whole test "
-             "split.", "", ngram_table(ngrams), ""]  # fmt: skip
+             "split.", "", ngram_table(ngrams), ""]
   body += ["## What was kept", ""]
   for name, path in plots.importance(scores, plan, folder).items():
     body += [f"![{name}]({path.name})", ""]

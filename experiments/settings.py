@@ -147,7 +147,7 @@ def optimizer(run: ConfigDict, *, peak: float | None = None) -> optim.Optimizer:
     peak=peak, steps=run.steps, warmup=run.warmup, floor=run.floor * peak, decay=run.decay,
     name=run.schedule, beta1=run.beta1, beta2=run.beta2, weight_decay=run.weight_decay,
     clip=run.clip,
-  )  # fmt: skip
+  )
 
 
 def mesh(c: ConfigDict) -> Mesh:
@@ -254,7 +254,7 @@ class Setup:
     return {
       "source": source, "split": split, "batch": run.batch, "length": self.c.data.length,
       "limit": limit,
-    }  # fmt: skip
+    }
 
 
 def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:

@@ -86,12 +86,12 @@ def train(
   advance = step.make_step(
     recipe.loss_fn, optimizer, accumulate=run.accumulate,
     shardings=meshes.shardings(grid, start, meshes.RULES),
-  )  # fmt: skip
+  )
   end, history = loop.run(
     advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
     validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
     save_every=run.save_every, keep=2, progress="auto",
-  )  # fmt: skip
+  )
   artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params))
   artefacts.write_json(folder / "log.json", log(history))
   shutil.rmtree(folder / loop.CHECKPOINTS, ignore_errors=True)

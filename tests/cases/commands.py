@@ -30,7 +30,7 @@ def drive(calls, *, cwd: pathlib.Path) -> list[tuple[int, str, str]]:
   done = subprocess.run(
     [sys.executable, "-W", "error", "-c", DRIVER], input=json.dumps(list(calls)), text=True,
     capture_output=True, cwd=cwd, env=environment(), check=False,
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr[-4000:]
   return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
@@ -45,4 +45,4 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
   return {
     path.relative_to(folder).as_posix(): path.read_bytes()
     for path in sorted(folder.rglob("*")) if path.is_file()
-  }  # fmt: skip
+  }

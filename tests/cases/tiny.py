@@ -46,7 +46,7 @@ def distillation(params, frozen, batch):
   return loss.sums(
     student_BLD, head_DV, batch["target_BL"], batch["weight_BL"], ce=0.1, chunk=8,
     teacher_BLD=teacher_BLD, teacher_head_DV=teacher_head_DV,
-  )  # fmt: skip
+  )
 
 
 def batch(number, *, rows=BATCH, seed=0):

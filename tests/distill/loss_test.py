@@ -29,7 +29,7 @@ def chunked(arrays, **settings):
   return loss.sums(
     student_BLD, head_DV, target_BL, weight_BL,
     teacher_BLD=teacher_BLD, teacher_head_DV=teacher_head_DV, **settings,
-  )  # fmt: skip
+  )
 
 
 totals = jax.jit(

@@ -17,7 +17,7 @@ def test_overrides_keep_the_type_of_what_they_replace():
   c = parse(
     TOY, "--config.distil.steps=7", "--config.distil.peak=1", "--config.targets.D=10",
     "--config.data.phases=((0,(('main',0.5),('other',0.5))),)", "--config.data.tokenizer=x",
-  ).config  # fmt: skip
+  ).config
   assert (c.distil.steps, c.distil.peak, c.targets.D) == (7, 1.0, 10)
   assert isinstance(c.distil.peak, float)
   assert c.data.phases == ((0, (("main", 0.5), ("other", 0.5))),)
@@ -54,7 +54,7 @@ def test_a_config_in_the_working_directory_comes_before_the_installed_one(tmp_pa
   ((TOY, "--config.targets=3"), "'targets' is unknown; nearest: targets.D"),
   ((TOY, "--config.calibrate.batchs=3"), "nearest: calibrate.batch"),
   ((TOY, "distill"), "'distill' is not a flag"),
-])  # fmt: skip
+])
 def test_what_cannot_be_read_is_an_error_that_says_what_can(argv, words):
   with pytest.raises((ValueError, FileNotFoundError), match=words.replace("(", r"\(")):
     parse(*argv)
@@ -79,7 +79,7 @@ def test_a_mistake_is_one_line_and_code_2(capsys):
   lambda: np.zeros(3).reshape(2, 2),  # raised in a library
   lambda: int("three"),  # raised below our own frame, but not by us
   lambda: {}["key"],
-])  # fmt: skip
+])
 def test_a_bug_keeps_its_traceback(bug):
   with pytest.raises((ValueError, KeyError)):
     cli.call(lambda job: bug(), ["distill", TOY])

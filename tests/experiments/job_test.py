@@ -14,7 +14,7 @@ from hybridlm import config
 
 CONFIG = commands.TOY
 STAGES = ["teacher", "calibrate", "plan", "cut", "ngrams", "evaluate_cut", "distil", "scratch",
-          "findings", "evaluate_end", "report"]  # fmt: skip
+          "findings", "evaluate_end", "report"]
 
 
 def parameters() -> tuple[str, str]:
@@ -145,7 +145,7 @@ MISTAKES = {
   "a plan that is not there": (["--config.plan.path=gone.json"], ["gone.json"]),
   "a plan of another model": (["--config.plan.path=foreign.json"], ["plan", "parameters"]),
   "a teacher that is not there": (["--config.teacher.path=gone"], ["gone"]),
-}  # fmt: skip
+}
 
 
 def write_corpora(place: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from cases import commands
 
 STEPS, KILLS, EVERY = 60, 10, 5
 ARGS = [commands.TOY, f"--config.distil.steps={STEPS}", "--config.distil.save_every=1",
-        "--config.distil.validate_every=7"]  # fmt: skip
+        "--config.distil.validate_every=7"]
 DISTIL = "import sys; from experiments import cli, pipeline; " \
          "sys.exit(cli.call(lambda job: pipeline.execute(job, 'distil'), sys.argv))"
 
@@ -24,7 +24,7 @@ def launch(place, workdir):
   return subprocess.Popen(
     [sys.executable, "-c", DISTIL, *ARGS, f"--workdir={workdir}"], cwd=place, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=commands.environment(),
-  )  # fmt: skip
+  )
 
 
 def last_step(place) -> int:
@@ -49,7 +49,7 @@ def flip(place) -> None:
   saved = (place / "job" / "distil.partial" / "checkpoints").glob("*/manifest.json")
   newest = max(path.parent for path in saved)
   path = max((p for p in (newest / "state").rglob("*") if p.is_file()),
-             key=lambda p: p.stat().st_size)  # fmt: skip
+             key=lambda p: p.stat().st_size)
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)

@@ -41,7 +41,7 @@ def test_a_notebook_uses_the_face_only(path):
     node.attr for node in ast.walk(tree)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     and node.value.id == "hybridlm"
-  }  # fmt: skip
+  }
   assert used and used <= set(hybridlm.__all__)
 
 
@@ -64,7 +64,7 @@ def test_a_notebook_runs_to_its_end(path, tmp_path, monkeypatch):
   text = "".join(
     output.get("text", "") for cell in notebook.cells if cell.cell_type == "code"
     for output in cell.outputs
-  )  # fmt: skip
+  )
   for name in ("teacher", "pruned", "distilled", "from scratch"):
     assert f"{name}: " in text
   assert "The Congress" in text

@@ -21,7 +21,7 @@ def results(**cross_entropy):
       "parameters": 1234567, "forward_tokens_per_second": 4321.0,
     }
     for name, ce in cross_entropy.items()
-  }  # fmt: skip
+  }
 
 
 def test_recovery_is_the_share_of_the_gap_that_closed():
@@ -60,13 +60,13 @@ def test_the_report_holds_every_part_and_every_picture_it_names(tmp_path):
   log = {
     "train": [{"tokens": 10, "ce": 3.0}, {"tokens": 20, "ce": 2.0}],
     "valid": [{"tokens": 20, "ce": 2.5}], "summary": {"tokens_per_second": 50.0},
-  }  # fmt: skip
+  }
   main = report.write(
     tmp_path, title="a title", results=results(teacher=1.0, pruned=3.0, distilled=1.5, scratch=2.0),
     ngrams={"inside": [4.0, 3.0], "outside": [5.0, 4.5]},
     logs={"teacher": log, "distilled": log, "scratch": log}, scores=scores, plan=plan,
     facts={"Teacher": "small"},
-  )  # fmt: skip
+  )
   text = (tmp_path / "report.md").read_text()
   assert text.startswith("# a title\n") and main in text and "* Teacher: small" in text
   assert "| byte 2-gram | 3.000 | 4.500 |" in text

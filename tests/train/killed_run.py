@@ -21,7 +21,7 @@ def run(workdir):
     step.make_step(tiny.distillation, OPTIMIZER), state.create(tiny.init(), OPTIMIZER), tiny.Data(),
     steps=STEPS, frozen=tiny.init(1, width=20), workdir=workdir, config={"steps": STEPS},
     log_every=2, save_every=SAVE_EVERY, keep=2, progress="off",
-  )  # fmt: skip
+  )
 
 
 def die_at_save(number):

@@ -42,7 +42,7 @@ def run(steps=12, workdir=None, data=None, params=None, loss_fn=tiny.distillatio
   return loop.run(
     stepper(optimizer, loss_fn), start, tiny.Data() if data is None else data, steps=steps,
     frozen=tiny.init(1), workdir=workdir, **(settings | changes),
-  )  # fmt: skip
+  )
 
 
 def timeless(records):

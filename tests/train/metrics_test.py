@@ -48,7 +48,7 @@ def test_records_are_written_as_scalars_for_tensorboard(tmp_path):
   assert sorted(scalars) == [
     ("train/loss", 5, 0.5), ("train/tokens_per_second", 5, 9000.0), ("valid/kl", 4, 0.25),
     ("valid/loss", 4, 0.5), ("valid/tokens_per_second", 4, 9000.0),
-  ]  # fmt: skip
+  ]
 
 
 def test_a_restart_hides_tensorboard_s_events_of_the_steps_done_again(tmp_path):
@@ -110,7 +110,7 @@ def test_device_time_runs_from_the_call_or_the_end_of_the_step_before():
   timings = [
     timing(0.5, 1.0, 1.1, 3.0), timing(0.1, 1.2, 1.3, 5.0), timing(0.1, 1.4, 1.5, 7.0),
     timing(8.1, 10.0, 10.1, 12.0),
-  ]  # fmt: skip
+  ]
   assert metrics.durations(timings, fresh=False) == pytest.approx(
     {"data_seconds": 2.2, "device_seconds": 2.0}
   )

@@ -77,7 +77,7 @@ def test_weight_decay_spares_gains_biases_and_the_scan_s_own_parameters():
   cfg = config.ModelConfig.from_pattern(
     "M-*", V=31, D=16, F=24, K=2, J=3, E=10, G=2, H=4, P=6, N=5, W=4, bias=True,
     norm="layernorm1p", activation="swiglu",
-  )  # fmt: skip
+  )
   mask = optim.decay_mask(config.leaf_names(cfg))
   decayed = {path[-1].key for path, yes in jax.tree_util.tree_leaves_with_path(mask) if yes}
   spared = {path[-1].key for path, yes in jax.tree_util.tree_leaves_with_path(mask) if not yes}
