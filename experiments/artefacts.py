@@ -50,6 +50,22 @@ def read_json(path: pathlib.Path) -> Any:
     raise ValueError(f"{path} is not JSON: {error}") from error
 
 
+def read_record(path: pathlib.Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+  """Returns the object a JSON file holds, with values of these types under these keys.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file holds something else.
+  """
+  record = read_json(path)
+  if not isinstance(record, dict):
+    raise ValueError(f"{path} is damaged: it holds {str(record)[:40]!r}, not a record")
+  for key, kind in kinds.items():
+    if not isinstance(record.get(key), kind):
+      raise ValueError(f"{path} is damaged: {key} is {str(record.get(key))[:40]!r}, not a table")
+  return record
+
+
 def digest(value: Any) -> str:
   """Returns the SHA-256 of plain values, the same for equal values in any key order."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """What every command shares: flags, the config and its overrides, one line for a user's mistake."""
 
 import difflib
-import dis
+import functools
 import os
 import pathlib
 import runpy
@@ -13,20 +13,22 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import stages
+from configs import base
+from experiments import mistakes, stages
 
-PACKAGES = ("hybridlm", "experiments", "configs")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Job(NamedTuple):
   """What the command line asks for.
 
-  config: every value, overrides applied.  workdir: where artefacts go.  cache: what workdirs share
-  (teachers, token ids, compiled programs).  dry_run: say what would be done, and do nothing.
+  config: every value, overrides applied.  file: where they come from, as given.  workdir: where
+  artefacts go.  cache: what workdirs share (teachers, token ids, compiled programs).  dry_run: say
+  what would be done, and do nothing.
   """
 
   config: ConfigDict
+  file: str
   workdir: pathlib.Path
   cache: pathlib.Path
   dry_run: bool
@@ -48,25 +50,12 @@ def call(main: Callable[[Job], None], argv: Sequence[str]) -> int:
     if job is not None:
       _keep_programs(job.cache / "programs")
       main(job)
-  except stages.USER_ERRORS as error:
-    if not raised_by_us(error):
+  except mistakes.TYPES as error:
+    if not mistakes.is_mistake(error):
       raise
     print(" ".join(str(error).split()), file=sys.stderr)
     return 2
   return 0
-
-
-def raised_by_us(error: BaseException) -> bool:
-  """Whether a `raise` statement in our own packages threw this, and not a library beneath it."""
-  trace = error.__traceback__
-  if trace is None:
-    return False
-  while trace.tb_next is not None:
-    trace = trace.tb_next
-  code = trace.tb_frame.f_code
-  package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-  thrown = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-  return thrown and package in PACKAGES
 
 
 def parse(argv: Sequence[str]) -> Job | None:
@@ -95,9 +84,10 @@ def parse(argv: Sequence[str]) -> Job | None:
   given = [arg for arg in argv if arg.partition("=")[0] == "--config"]
   if len(given) != 1 or not given[0].partition("=")[2]:
     raise ValueError(f"give one --config=FILE; installed: {', '.join(installed())}")
-  config = runpy.run_path(str(find(given[0].partition("=")[2])))["get_config"]()
+  file = given[0].partition("=")[2]
+  config = runpy.run_path(str(find(file)))["get_config"]()
   _check_keys(argv, config)
-  others = [arg for arg in argv if arg != given[0]]
+  others = _unset([arg for arg in argv if arg != given[0]], config)
   config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=others)
   try:
     rest = values(others)[1:]
@@ -107,7 +97,7 @@ def parse(argv: Sequence[str]) -> Job | None:
     raise ValueError(f"argument {rest[0]!r} is not a flag; values are given as --name=value")
   workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
   cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
-  return Job(values.config, workdir, cache, values.dry_run)
+  return Job(values.config, file, workdir, cache, values.dry_run)
 
 
 def find(name: str) -> pathlib.Path:
@@ -120,6 +110,17 @@ def find(name: str) -> pathlib.Path:
     if path.is_file():
       return path
   raise FileNotFoundError(f"config {name}: no such file; installed: {', '.join(installed())}")
+
+
+def origin(name: str) -> str:
+  """Returns where a config comes from, as workdirs remember it.
+
+  That is its path from the last folder `configs` on, so that checkouts and installations agree, and
+  the whole path for a file that lies in no such folder.
+  """
+  path = find(name).resolve()
+  at = [index for index, part in enumerate(path.parts[:-1]) if part == "configs"]
+  return path.as_posix() if not at else pathlib.Path(*path.parts[at[-1] :]).as_posix()
 
 
 def installed() -> list[str]:
@@ -138,6 +139,25 @@ def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
       inside = [name for name in known if name.startswith(f"{key}.")]
       near = inside or difflib.get_close_matches(key, known, n=3, cutoff=0.0)
       raise ValueError(f"config key {key!r} is unknown; nearest: {', '.join(near)}")
+
+
+def _unset(argv: Sequence[str], config: ConfigDict) -> list[str]:
+  """Returns the arguments without those that unset a value, `KEY=None` or `KEY=`; unsets it.
+
+  Only what `configs.base` leaves unset can be. Of several arguments for a key the last counts.
+  """
+  free = {key for key, value in stages.flat(base.get_config().to_dict()).items() if value is None}
+  rest: list[str] = []
+  for arg in argv:
+    flag, _, value = arg.partition("=")
+    key = flag.lstrip("-").removeprefix("config.")
+    if "=" in arg and value in ("", "None") and key in free:
+      *folders, name = key.split(".")
+      functools.reduce(lambda tree, folder: tree[folder], folders, config)[name] = None
+      rest = [other for other in rest if other.partition("=")[0].lstrip("-") != flag.lstrip("-")]
+    else:
+      rest.append(arg)
+  return rest
 
 
 def _keep_programs(folder: pathlib.Path) -> None:

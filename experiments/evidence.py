@@ -18,7 +18,7 @@ def main(job: cli.Job) -> None:
   if folders:
     text = (folders["findings"] / "findings.md").read_text(encoding="utf-8")
     name = job.config.name
-    command = f"python -m experiments.evidence --config=configs/evidence/{name}.py"
+    command = f"python -m experiments.evidence --config={job.file}"
     head = [
       f"# {name}", "", f"    {command}", "",
       f"Made on {evaluation.machine()}.", "", text, "",

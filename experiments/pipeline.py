@@ -8,8 +8,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import artefacts, evaluation, findings, report, settings, stages, training
-from experiments.cli import Job
+from experiments import (
+  artefacts,
+  cli,
+  evaluation,
+  findings,
+  report,
+  settings,
+  stages,
+  training,
+)
 from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
 from hybridlm import api, config
@@ -330,7 +338,7 @@ def _megabytes(count: int) -> str:
   return f"{count / 1e6:,.1f}"
 
 
-def execute(job: Job, *names: str) -> dict[str, pathlib.Path]:
+def execute(job: cli.Job, *names: str) -> dict[str, pathlib.Path]:
   """Runs the named stages and what they need, or says what that would do; returns the folders.
 
   Args:
@@ -344,11 +352,12 @@ def execute(job: Job, *names: str) -> dict[str, pathlib.Path]:
   s = settings.setup(job.config, settings.mesh(job.config), cache=job.cache)
   made = build(s)
   made = until(made, *names) if names else made
-  stages.claim(job.workdir, s.c.name)
+  owner = {"config": s.c.name, "file": cli.origin(job.file)}
+  stages.claim(job.workdir, owner)
   if job.dry_run:
     print(dry_run(s, made, job.workdir))
     return {}
-  return stages.run(made, job.workdir, name=s.c.name, say=_say)
+  return stages.run(made, job.workdir, owner=owner, say=_say)
 
 
 def _say(line: str) -> None:

@@ -3,21 +3,22 @@
 An artefact is a folder. `inputs.json` says what it is made from and is written first; `done.json`
 holds the SHA-256 of every file and is written last, in a `.partial` folder that then takes the
 place of the old artefact in one rename. A killed stage leaves its `.partial` folder, which the next
-run continues if it is made from the same inputs.
+run continues if it is made from the same inputs. What a run replaces waits as `.old` until it ends,
+so that a user's mistake, however late a stage finds it, leaves the workdir as it was.
 """
 
 import dataclasses
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments import artefacts
+from experiments import artefacts, mistakes
+from experiments.journal import Journal, aside, remove
+from hybridlm.train.loop import NotFinite
 
-FORMAT = "hybridlm-workdir-1"
-USER_ERRORS = (ValueError, FileNotFoundError)
+FORMAT = "hybridlm-workdir-2"
 Inputs = Mapping[str, pathlib.Path]
 
 
@@ -45,18 +46,28 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """Where a stage stands: `state` is "done", "redo", "resume" or "new", `why` says it in words."""
+  """Where a stage stands: `state` is "done", "redo", "resume" or "new", `why` says it in words.
+
+  `inputs` say how the artefact comes about, `made` (need -> SHA-256 of its artefact, or None where
+  that is still to be made) what lay there when it did.
+  """
 
   stage: Stage
   folder: pathlib.Path
   inputs: Mapping[str, Any]
+  made: Mapping[str, str | None]
   state: str
   why: str
 
   @property
   def fingerprint(self) -> str:
-    """SHA-256 of everything the artefact is made from."""
+    """SHA-256 of everything that decides how the artefact is made."""
     return artefacts.digest(self.inputs)
+
+  @property
+  def record(self) -> dict[str, Any]:
+    """What `inputs.json` holds."""
+    return dict(self.inputs) | ({"made": dict(self.made)} if self.made else {})
 
   @property
   def partial(self) -> pathlib.Path:
@@ -66,6 +77,8 @@ class Status:
 
 def survey(stages: Sequence[Stage], workdir: pathlib.Path) -> list[Status]:
   """Returns the status of every stage, in order; reads, computes and writes nothing else.
+
+  A stage whose need is still to be made counts as one to redo; a run looks again when it is there.
 
   Raises:
     ValueError: a stage twice, a stage that needs a later or unknown one, or a damaged record.
@@ -84,26 +97,45 @@ def survey(stages: Sequence[Stage], workdir: pathlib.Path) -> list[Status]:
     folder = workdir / stage.name
     if stage.home is not None:
       folder = stage.home / f"{stage.name}-{artefacts.digest(inputs)[:12]}"
-    found[stage.name] = _status(stage, folder, inputs)
+    made = {
+      name: _content(found[name].folder) if found[name].state == "done" else None
+      for name in stage.needs
+    }
+    found[stage.name] = _status(stage, folder, inputs, made)
   return list(found.values())
 
 
-def _status(stage: Stage, folder: pathlib.Path, inputs: Mapping[str, Any]) -> Status:
-  new = Status(stage, folder, inputs, "new", "nothing there yet")
+def _status(stage: Stage, folder: pathlib.Path, inputs, made) -> Status:
+  new = Status(stage, folder, inputs, made, "new", "nothing there yet")
   if (folder / "done.json").is_file():
-    made_from = artefacts.read_json(folder / "inputs.json")
-    if artefacts.digest(made_from) == new.fingerprint:
+    record = _record(folder)
+    if artefacts.digest(record) == artefacts.digest(new.record):
       return dataclasses.replace(new, state="done", why="made from the same inputs")
-    new = dataclasses.replace(new, state="redo", why=_difference(made_from, inputs))
+    new = dataclasses.replace(new, state="redo", why=_difference(record, new.record))
   if _continues(new):
     return dataclasses.replace(new, state="resume", why="an earlier run left it unfinished")
   return new
 
 
+def _record(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what an artefact was made from."""
+  return artefacts.read_record(folder / "inputs.json", {"config": dict, "needs": dict})
+
+
+def _content(folder: pathlib.Path) -> str:
+  """Returns the SHA-256 of a finished artefact: of the hashes of its files."""
+  return artefacts.digest(_files(folder))
+
+
+def _files(folder: pathlib.Path) -> dict[str, str]:
+  return artefacts.read_record(folder / "done.json", {"files": dict})["files"]
+
+
 def _continues(status: Status) -> bool:
   """Whether the partial folder was started from these inputs."""
-  record = status.partial / "inputs.json"
-  return record.is_file() and artefacts.digest(artefacts.read_json(record)) == status.fingerprint
+  if not (status.partial / "inputs.json").is_file():
+    return False
+  return artefacts.digest(_record(status.partial)) == artefacts.digest(status.record)
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -113,13 +145,14 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
   for key in sorted(before.keys() | after.keys()):
     if before.get(key) != after.get(key):
       changes.append(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}")
-  needs = sorted(
-    name for name in old["needs"].keys() | new["needs"].keys()
-    if old["needs"].get(name) != new["needs"].get(name)
-  )
-  changes += [f"{name} changed" for name in needs]
-  if old["version"] != new["version"]:
-    changes.append(f"code version: {old['version']} -> {new['version']}")
+  was, now = (dict(record.get("made") or {}) for record in (old, new))
+  for name in sorted(old["needs"].keys() | new["needs"].keys()):
+    if old["needs"].get(name) != new["needs"].get(name):
+      changes.append(f"{name} changed")
+    elif was.get(name) != now.get(name):
+      changes.append(f"{name} was made anew" if now.get(name) else f"{name} is made anew")
+  if old.get("version") != new["version"]:
+    changes.append(f"code version: {old.get('version')} -> {new['version']}")
   return ", ".join(changes)
 
 
@@ -137,24 +170,28 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return found
 
 
-def claim(workdir: pathlib.Path, name: str) -> None:
-  """Raises unless a run of config `name` may use the workdir.
+def claim(workdir: pathlib.Path, owner: Mapping[str, str]) -> None:
+  """Raises unless a config may use the workdir.
 
   Values may change between runs (the stages that depend on them are redone); the config may not.
+
+  Args:
+    workdir: where artefacts are to go.
+    owner: "config": its name; "file": where it comes from, see `cli.origin`.
 
   Raises:
     ValueError: the folder is of another config, or holds other things than a workdir.
   """
   record = workdir / "workdir.json"
   if record.is_file():
-    held = artefacts.read_json(record)
+    held = artefacts.read_record(record, {})
     if held.get("format") != FORMAT:
       raise ValueError(f"workdir {workdir}: its format is {held.get('format')!r}, not {FORMAT!r}")
-    if held.get("config") != name:
-      raise ValueError(
-        f"workdir {workdir} belongs to config {held.get('config')!r}, not {name!r}: give another "
-        "--workdir"
-      )
+    theirs, ours = (
+      f"config {one.get('config')!r} of {one.get('file')}" for one in (held, owner)
+    )
+    if theirs != ours:
+      raise ValueError(f"workdir {workdir} belongs to {theirs}, not {ours}: give another --workdir")
   elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
     raise ValueError(f"workdir {workdir} is neither empty nor one of ours: give another --workdir")
 
@@ -163,51 +200,68 @@ def run(
   stages: Sequence[Stage],
   workdir: pathlib.Path,
   *,
-  name: str,
+  owner: Mapping[str, str],
   say: Callable[[str], None],
 ) -> dict[str, pathlib.Path]:
   """Runs what is not done, in order; returns the folder of every artefact.
 
+  A user's mistake that a stage finds is undone: the workdir is as it was. What lies in a stage's
+  `home` stays. A training run that diverged is no mistake: it and the stages before it stay.
+
   Args:
     stages: the pipeline.
     workdir: where its artefacts go; made where it does not exist.
-    name: of the config, which owns the workdir.
+    owner: the config that owns the workdir, see `claim`.
     say: takes one line a stage.
 
   Raises:
-    ValueError: the workdir is not this config's, is in use, or an artefact is damaged. A user's
-      mistake found by a stage leaves the workdir as it was.
+    ValueError: the workdir is not this config's, is in use, or an artefact is damaged.
   """
-  claim(workdir, name)
+  claim(workdir, owner)
   statuses = survey(stages, workdir)
-  before = set(workdir.iterdir()) if workdir.exists() else None
+  homes = {status.folder.parent for status in statuses}
+  journal = Journal(folder for home in homes | {workdir} for folder in _missing(home))
   workdir.mkdir(parents=True, exist_ok=True)
   folders: dict[str, pathlib.Path] = {}
   with artefacts.locked(workdir):
-    record = workdir / "workdir.json"
-    if not record.is_file():
-      artefacts.write_json(record, {"format": FORMAT, "config": name})
     try:
+      record = workdir / "workdir.json"
+      if not record.is_file():
+        journal.make(record)
+        artefacts.write_json(record, {"format": FORMAT, **owner})
       for status in statuses:
-        _run_one(status, {need: folders[need] for need in status.stage.needs}, say)
+        _recover(status)
+        _run_one(status, {need: folders[need] for need in status.stage.needs}, journal, say)
         folders[status.stage.name] = status.folder
-    except USER_ERRORS:
-      _forget(workdir, before)
+    except mistakes.TYPES as error:
+      if mistakes.is_mistake(error) and not isinstance(error, NotFinite):
+        journal.undo()
       raise
+    finally:
+      journal.settle()
   return folders
 
 
-def _forget(workdir: pathlib.Path, before: set[pathlib.Path] | None) -> None:
-  """Takes back a claim under which nothing was made: the record, and the folder if it is new."""
-  record = workdir / "workdir.json"
-  if record not in (before or ()) and set(workdir.iterdir()) == {record}:
-    record.unlink()
-    if before is None:
-      workdir.rmdir()
+def _missing(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folders that would have to be made for one to be there."""
+  return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _run_one(status: Status, inputs: Inputs, say: Callable[[str], None]) -> None:
-  label = status.stage.name
+def _recover(status: Status) -> None:
+  """Puts right what a run that was killed while it replaced something left aside."""
+  for path in (status.folder, status.partial) if status.stage.home is None else ():
+    old = aside(path)
+    if old.exists() and not path.exists() and (old / "inputs.json").is_file():
+      os.replace(old, path)
+    remove(old)
+
+
+def _run_one(
+  status: Status, inputs: Inputs, journal: Journal, say: Callable[[str], None]
+) -> None:
+  label, mark = status.stage.name, journal.mark()
+  made = {need: _content(folder) for need, folder in inputs.items()}
+  status = _status(status.stage, status.folder, status.inputs, made)
   if status.state == "done":
     check(status.folder)
     say(f"{label}: done already ({status.why})")
@@ -215,31 +269,19 @@ def _run_one(status: Status, inputs: Inputs, say: Callable[[str], None]) -> None
   say(f"{label}: {status.state} ({status.why})")
   start = time.monotonic()
   partial = status.partial
-  continued = _continues(status)
-  if not continued:
-    shutil.rmtree(partial, ignore_errors=True)
-    artefacts.write_json(partial / "inputs.json", status.inputs)
+  if status.state != "resume":
+    journal.replace(partial)
+    journal.make(partial)
+    artefacts.write_json(partial / "inputs.json", status.record)
   with artefacts.locked(partial):
     if not (partial / "done.json").is_file():
-      try:
-        status.stage.run(partial, inputs)
-      except USER_ERRORS:
-        if not continued:
-          shutil.rmtree(partial)
-        raise
+      status.stage.run(partial, inputs)
       artefacts.write_json(partial / "done.json", {"files": artefacts.hashes(partial)})
-    _replace(partial, status.folder)
+    journal.replace(status.folder)
+    journal.move(partial, status.folder)
+  if status.stage.home is not None:
+    journal.settle(mark)  # other workdirs may use it from now on
   say(f"{label}: {time.monotonic() - start:.1f} s")
-
-
-def _replace(new: pathlib.Path, folder: pathlib.Path) -> None:
-  """Puts a finished folder in the place of an older one."""
-  old = folder.with_name(folder.name + ".old")
-  shutil.rmtree(old, ignore_errors=True)
-  if folder.exists():
-    os.replace(folder, old)
-  os.replace(new, folder)
-  shutil.rmtree(old, ignore_errors=True)
 
 
 def check(folder: pathlib.Path) -> None:
@@ -249,7 +291,7 @@ def check(folder: pathlib.Path) -> None:
     FileNotFoundError: the stage never finished.
     ValueError: a file is missing or damaged.
   """
-  artefacts.check_hashes(folder, artefacts.read_json(folder / "done.json")["files"])
+  artefacts.check_hashes(folder, _files(folder))
 
 
 def describe(statuses: Iterable[Status]) -> list[str]:

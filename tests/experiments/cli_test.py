@@ -24,6 +24,26 @@ def test_overrides_keep_the_type_of_what_they_replace():
   assert c.data.tokenizer == "x"
 
 
+@pytest.mark.parametrize("word", ["", "None"])
+def test_what_a_config_sets_can_be_unset_again(word):
+  c = parse(TOY, f"--config.targets.H={word}", f"--config.calibrate.depth={word}").config
+  assert (c.targets.H, c.calibrate.depth, c.targets.D) == (None, None, 12)
+  assert parse(TOY, f"--config.targets.H={word}", "--config.targets.H=3").config.targets.H == 3
+  assert parse(TOY, "--config.targets.H=3", f"--config.targets.H={word}").config.targets.H is None
+  with pytest.raises(ValueError, match="distil.steps"):
+    parse(TOY, f"--config.distil.steps={word}")
+
+
+def test_a_config_is_the_same_wherever_its_folder_configs_lies(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.origin("configs/evidence/heads.py") == "configs/evidence/heads.py"
+  for place in ("configs/mine.py", "elsewhere/configs/mine.py", "mine.py"):
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("")
+  assert cli.origin("configs/mine.py") == cli.origin("elsewhere/configs/mine.py")
+  assert cli.origin("mine.py") == (tmp_path / "mine.py").as_posix()
+
+
 def test_two_parses_share_nothing():
   assert parse(TOY, "--config.distil.steps=7").config.distil.steps == 7
   assert parse(TOY).config.distil.steps == 4

@@ -6,11 +6,20 @@ import shutil
 
 import pytest
 
-from experiments import artefacts, stages
+from experiments import artefacts, journal, mistakes, stages
+from hybridlm.train.loop import NotFinite
+
+OWNER = {"config": "line", "file": "configs/line.py"}
 
 
 class Interrupted(Exception):
   """Stands for whatever kills a run."""
+
+
+def interrupt(folder):
+  """Leaves half of its work behind."""
+  (folder / "half").write_text("done before the kill")
+  raise Interrupted
 
 
 class Line:
@@ -40,7 +49,8 @@ class Line:
 
   def run(self, **values):
     self.ran.clear()
-    folders = stages.run(self.stages(**values), self.workdir, name="line", say=lambda line: None)
+    folders = stages.run(
+      self.stages(**values), self.workdir, owner=OWNER, say=lambda line: None)
     return {name: (folder / "text").read_text() for name, folder in folders.items()}
 
   def states(self, **values):
@@ -159,25 +169,163 @@ def test_a_damaged_artefact_is_an_error_that_names_the_file(line):
   assert everything_in(line.workdir) == before
 
 
-def test_a_users_mistake_in_a_stage_leaves_the_workdir_as_it_was(line):
-  def mistake(folder):
-    (folder / "half").write_text("")
-    raise ValueError("the corpus is empty")
+def mistake(folder):
+  """Does some work and then finds what only the user can mend."""
+  (folder / "half").write_text("")
+  artefacts.read_json(folder / "gone.json")
 
-  with pytest.raises(ValueError, match="the corpus is empty"):
-    line.run(actions={"a": mistake})
-  assert not line.workdir.exists()
+
+@pytest.mark.parametrize("culprit", "abcd")
+def test_a_mistake_found_by_any_stage_of_a_fresh_job_leaves_nothing(line, tmp_path, culprit):
+  line.workdir = tmp_path / "some" / "where" / "work"
+  with pytest.raises(FileNotFoundError, match="gone.json"):
+    line.run(actions={culprit: mistake})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_in_a_fresh_job_leaves_the_empty_folder_it_was_given(line):
+  line.workdir.mkdir()
+  with pytest.raises(FileNotFoundError):
+    line.run(actions={"c": mistake})
+  assert line.workdir.is_dir() and list(line.workdir.iterdir()) == []
+
+
+@pytest.mark.parametrize("culprit", "bcd")
+def test_a_mistake_found_after_stages_were_redone_brings_their_old_artefacts_back(line, culprit):
   line.run()
   before = everything_in(line.workdir)
-  with pytest.raises(ValueError, match="the corpus is empty"):
-    line.run(b=1, actions={"b": mistake})
+  with pytest.raises(FileNotFoundError, match="gone.json"):
+    line.run(a=1, d=1, actions={culprit: mistake})
+  assert line.ran == list("abcd"[: "abcd".index(culprit) + 1])
   assert everything_in(line.workdir) == before
 
 
-def test_a_workdir_of_another_config_is_refused(line):
+def test_a_mistake_keeps_what_an_earlier_kill_left_of_other_values(line):
+  def kill(folder):
+    (folder / "half").write_text("hours of work")
+    raise Interrupted
+
   line.run()
-  with pytest.raises(ValueError, match="belongs to config 'line', not 'other'"):
-    stages.run(line.stages(), line.workdir, name="other", say=lambda text: None)
+  with pytest.raises(Interrupted):
+    line.run(b=1, actions={"b": kill})
+  before = everything_in(line.workdir)
+  with pytest.raises(FileNotFoundError):
+    line.run(b=2, actions={"c": mistake})
+  assert everything_in(line.workdir) == before
+
+
+def test_what_was_resumed_before_a_mistake_can_be_resumed_again(line):
+  def kill(folder):
+    raise Interrupted
+
+  with pytest.raises(Interrupted):
+    line.run(actions={"b": kill})
+  with pytest.raises(FileNotFoundError):
+    line.run(actions={"c": mistake})
+  assert line.ran == ["b", "c"]
+  assert line.states()["b"][0] == "resume" and not (line.workdir / "c.partial").exists()
+  line.run()
+  assert line.ran == ["c", "d"]
+
+
+def test_a_run_that_diverged_keeps_its_folder_and_the_stages_before_it(line):
+  def diverge(folder):
+    (folder / "metrics").write_text("nan")
+    raise NotFinite("step 3: the loss is not finite")
+
+  line.run()
+  with pytest.raises(NotFinite):
+    line.run(b=1, actions={"c": diverge})
+  assert (line.workdir / "b" / "text").read_text() == "b1(a0())"
+  assert (line.workdir / "c.partial" / "metrics").read_text() == "nan"
+  assert (line.workdir / "c" / "text").read_text() == "c0(b0(a0()))"
+  assert not list(line.workdir.glob("*.old"))
+
+
+def test_a_bug_undoes_no_work(line):
+  with pytest.raises(ValueError, match="invalid literal"):
+    line.run(actions={"c": lambda folder: int("three")})
+  assert {path.name for path in line.workdir.iterdir()} == {
+    "workdir.json", "a", "b", "c.partial"}
+
+
+def test_what_a_kill_left_aside_is_put_back_or_dropped(line):
+  line.run()
+  before = everything_in(line.workdir)
+  # Killed between the two renames of b, and while the old c was being removed.
+  shutil.move(line.workdir / "b", line.workdir / "b.old")
+  shutil.copytree(line.workdir / "c", line.workdir / "c.old")
+  line.run()
+  assert line.ran == []
+  assert everything_in(line.workdir) == before
+
+
+def test_a_mistake_brings_back_what_a_killed_run_had_put_in_place(line, monkeypatch):
+  def kill(folder):
+    raise Interrupted
+
+  line.run()
+  with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    patch.setattr(journal.Journal, "settle", lambda self, mark=0: None)  # as SIGKILL would
+    line.run(b=1, actions={"c": kill})
+  assert (line.workdir / "b.old").is_dir()
+  with pytest.raises(FileNotFoundError):
+    line.run(b=2, actions={"c": mistake})
+  assert (line.workdir / "b" / "text").read_text() == "b1(a0())"
+  line.run(b=1)
+  assert line.ran == ["c"] and not list(line.workdir.glob("*.old"))
+
+
+def test_a_stage_is_redone_when_what_it_needs_was_made_anew(line):
+  def other(folder):
+    (folder / "chance").write_text("another draw")
+
+  line.run()
+  shutil.rmtree(line.workdir / "b")
+  assert line.states()["c"] == ("redo", "b is made anew")
+  with pytest.raises(Interrupted):
+    line.run(actions={"b": other, "c": interrupt})
+  shutil.rmtree(line.workdir / "c.partial")
+  assert line.states()["c"] == ("redo", "b was made anew")
+  line.run()
+  assert line.ran == ["c"]
+
+
+def test_a_stage_is_not_redone_when_what_it_needs_came_out_the_same(line):
+  line.run()
+  shutil.rmtree(line.workdir / "b")
+  line.run()
+  assert line.ran == ["b"]
+
+
+def test_nothing_goes_on_from_another_version_of_what_it_needs(line):
+  with pytest.raises(Interrupted):
+    line.run(actions={"c": interrupt})
+  shutil.rmtree(line.workdir / "b")
+  line.run(actions={"b": lambda folder: (folder / "chance").write_text("another draw")})
+  assert not (line.workdir / "c" / "half").exists()
+
+
+@pytest.mark.parametrize("name, text", [
+  ("workdir.json", "[]"), ("b/inputs.json", "[]"), ("b/done.json", "[]"), ("b/done.json", "{}"),
+  ("b/inputs.json", '{"config": [], "needs": {}}'), ("b/inputs.json", "{"),
+])
+def test_a_damaged_record_is_an_error_that_names_it(line, name, text):
+  line.run()
+  (line.workdir / name).write_text(text)
+  before = everything_in(line.workdir)
+  with pytest.raises(ValueError, match=name) as caught:
+    line.run(c=1)
+  assert mistakes.is_mistake(caught.value)
+  assert everything_in(line.workdir) == before
+
+
+@pytest.mark.parametrize("owner", [
+  {"config": "other", "file": "configs/line.py"}, {"config": "line", "file": "/home/me/line.py"}])
+def test_a_workdir_of_another_config_is_refused(line, owner):
+  line.run()
+  with pytest.raises(ValueError, match="belongs to config 'line' of configs/line.py, not"):
+    stages.run(line.stages(), line.workdir, owner=owner, say=lambda text: None)
 
 
 def test_a_folder_with_other_things_in_it_is_refused(line):
