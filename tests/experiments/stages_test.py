@@ -321,7 +321,7 @@ def test_a_damaged_record_is_an_error_that_names_it(line, name, text):
 
 
 @pytest.mark.parametrize("owner", [
-  {"config": "other", "file": "configs/line.py"}, {"config": "line", "file": "/home/me/line.py"}])
+  {"config": "other", "file": "configs/line.py"}, {"config": "line", "file": "/elsewhere/line.py"}])
 def test_a_workdir_of_another_config_is_refused(line, owner):
   line.run()
   with pytest.raises(ValueError, match="belongs to config 'line' of configs/line.py, not"):
