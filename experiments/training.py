@@ -15,6 +15,7 @@ from hybridlm.data.pipeline import Batch, Batches
 from hybridlm.train import loop, metrics, state, step
 from hybridlm.train import mesh as meshes
 
+LOG = "log.json"
 LossFn = Callable[[Any, Any, Any], dict[str, Any]]
 
 
@@ -65,8 +66,8 @@ def train(
 ) -> None:
   """Trains until `run.steps` and leaves the model, its metrics and its log in a folder.
 
-  A run that was killed goes on from its newest good checkpoint there; checkpoints are removed when
-  the model is written.
+  A run that was killed goes on from its newest good checkpoint there. The log is written last, and
+  only then are checkpoints removed: where there is a log, the run is over.
 
   Args:
     folder: of the stage.
@@ -78,6 +79,14 @@ def train(
   Raises:
     ValueError: as `train.loop.run` does.
   """
+  if not (folder / LOG).is_file():
+    _train(folder, recipe, run, grid, peak)
+  shutil.rmtree(folder / loop.CHECKPOINTS, ignore_errors=True)
+
+
+def _train(
+  folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, peak: float | None
+) -> None:
   optimizer = settings.optimizer(run, peak=peak)
   frozen = None if recipe.frozen is None else placed(recipe.frozen, grid)
   start = placed(state.create(recipe.params, optimizer), grid)
@@ -93,8 +102,7 @@ def train(
     save_every=run.save_every, keep=2, progress="auto",
   )
   artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params))
-  artefacts.write_json(folder / "log.json", log(history))
-  shutil.rmtree(folder / loop.CHECKPOINTS, ignore_errors=True)
+  artefacts.write_json(folder / LOG, log(history))
 
 
 def log(history: Sequence[metrics.Record]) -> dict[str, Any]:
