@@ -14,6 +14,8 @@ from hybridlm.data import cache, mixture, packing, sources, tokenizers
 
 # Part of every fingerprint: raise it when the same spec starts to give other batches.
 _VERSION = 1
+# Part of the name of kept ids: raise it when the same texts give others, or another file.
+_TOKENS_VERSION = 1
 
 Batch = dict[str, Shaped[np.ndarray, "B L"]]
 
@@ -81,7 +83,10 @@ class Corpus:
         ids = tokenizer.encode_all([d.text for d in documents])
         return packing.join(ids, eot=tokenizer.eot, V=tokenizer.V)
 
-      key = _digest({"documents": sources.fingerprint(documents), "ids": tokenizer.fingerprint})
+      key = _digest({
+        "version": _TOKENS_VERSION, "documents": sources.fingerprint(documents),
+        "ids": tokenizer.fingerprint,
+      })
       self._tokens[source, split] = cache.get(self._folder, key, make)
     return self._tokens[source, split]
 

@@ -92,7 +92,10 @@ def _files(source: Source, suffix: str) -> list[tuple[str, pathlib.Path]]:
   """Returns (name, path) for a file, a folder or a glob; names are relative to its fixed part."""
   if not source.path:
     raise ValueError(f"source {source.name!r} of kind {source.kind!r} needs a path")
-  path = pathlib.Path(source.path).expanduser()
+  try:
+    path = pathlib.Path(source.path).expanduser()
+  except RuntimeError as error:
+    raise FileNotFoundError(f"source {source.name!r}: {source.path}: {error}") from error
   if path.is_file():
     return [(path.name, path)]
   if path.is_dir():

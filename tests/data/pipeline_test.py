@@ -231,6 +231,15 @@ def test_the_fingerprint_sees_whatever_decides_the_batches_and_nothing_else(corp
   assert train(corpus, process_index=1, process_count=2).fingerprint == prints[0]
 
 
+def test_kept_ids_of_an_older_way_to_make_them_are_not_used(spec, tmp_path, monkeypatch):
+  found = [pipeline.Corpus(spec, folder=tmp_path).tokens(spec.sources[0].name, "train")]
+  kept = set(tmp_path.iterdir())
+  monkeypatch.setattr(pipeline, "_TOKENS_VERSION", 0)
+  found.append(pipeline.Corpus(spec, folder=tmp_path).tokens(spec.sources[0].name, "train"))
+  assert len(set(tmp_path.iterdir()) - kept) == 1
+  np.testing.assert_array_equal(found[0].flat, found[1].flat)
+
+
 def test_the_fingerprint_sees_one_changed_character(tmp_path):
   prints = set()
   for i in range(2):

@@ -149,6 +149,11 @@ def test_bad_input_is_told_in_one_line(tmp_path, kind, files, path, error, messa
   assert "\n" not in str(caught.value)
 
 
+def test_the_home_of_a_user_who_is_not_there_is_told_in_one_line():
+  with pytest.raises(FileNotFoundError, match="source 'mine': ~nobody-here/texts: .*home"):
+    sources.read(Source("mine", "text", "~nobody-here/texts"))
+
+
 def test_a_source_without_a_path_an_unknown_rule_and_an_unknown_split_are_named():
   with pytest.raises(ValueError, match="source 'mine' of kind 'text' needs a path"):
     sources.read(Source("mine", "text"))
