@@ -58,14 +58,15 @@ def ngrams(
 def forward_speed(models: Mapping[str, Model], batch: Batch, *, repeats: int) -> dict[str, float]:
   """Returns tokens a second of the forward pass and its loss, the median of interleaved repeats.
 
-  The models take turns, so that whatever else the machine does slows all of them alike.
+  The models take turns, so that whatever else the machine does slows all of them alike: numbers of
+  two calls do not compare. Models of one config share a program.
   """
-  run = {name: jax.jit(hybridlm.language_loss(cfg)) for name, (cfg, _) in models.items()}
+  programs = {cfg: jax.jit(hybridlm.language_loss(cfg)) for cfg, _ in models.values()}
   seconds: dict[str, list[float]] = {name: [] for name in models}
   for turn in range(repeats + 1):
-    for name, (_, params) in models.items():
+    for name, (cfg, params) in models.items():
       start = time.perf_counter()
-      jax.block_until_ready(run[name](params, None, batch))
+      jax.block_until_ready(programs[cfg](params, None, batch))
       if turn:  # the first turn compiles
         seconds[name].append(time.perf_counter() - start)
   tokens = batch["token_BL"].size

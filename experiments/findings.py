@@ -6,7 +6,7 @@ from typing import Any
 from experiments import report, studies
 
 # Part of the stage's fingerprint: raise it when the same inputs give another result.
-VERSION = 1
+VERSION = 2
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -76,13 +76,19 @@ def price_of_heads(result: Mapping[str, Any]) -> str:
     min(mean, key=lambda k: abs(2 * k - parent)),
   )
   cost = {size: mean[size] - result["full"] for size in (few, half)}
+  published = "Published: cutting a few heads is nearly free, half of them is not."
+  if few == half:
+    return (
+      f"{published} One size says nothing about it: keeping {few} of {parent} heads a group costs "
+      f"{cost[few]:.3f} nats."
+    )
   each = {size: cost[size] / (parent - size) for size in cost}
-  verdict = "agrees" if each[half] > each[few] else "disagrees"
+  agrees = each[half] > each[few] and cost[few] < cost[half] / 4
   return (
-    "Published: cutting a few heads is nearly free, half of them is not. This teacher "
-    f"{verdict} in direction: keeping {few} of {parent} heads a group costs {cost[few]:.3f} nats, "
-    f"keeping {half} costs {cost[half]:.3f} ({each[few]:.3f} and {each[half]:.3f} for each head "
-    "that goes)."
+    f"{published} This teacher {'agrees' if agrees else 'disagrees'}: keeping {few} of {parent} "
+    f"heads a group costs {cost[few]:.3f} nats, keeping {half} costs {cost[half]:.3f} "
+    f"({each[few]:.3f} and {each[half]:.3f} for each head that goes). To agree, a head must cost "
+    "more at half than at few, and the few less than a quarter of the half."
   )
 
 

@@ -55,12 +55,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def verdicts(results: Mapping[str, Any], ngrams: Mapping[str, Sequence[float]]) -> list[str]:
   """Returns what the numbers say, one sentence each, whichever way it went."""
   bits = {name: result["inside"]["bits_per_byte"] for name, result in results.items()}
-  lines = []
-  if len(ngrams.get("inside", ())) >= 4:
-    fourth = ngrams["inside"][3]
-    verb = "beats" if bits["teacher"] < fourth else "does not beat"
-    lines.append(f"The teacher ({bits['teacher']:.3f} bits a byte) {verb} a byte 4-gram "
-                 f"({fourth:.3f}).")
+  lines = _against_ngrams(results["teacher"]["inside"], ngrams.get("inside", ()))
   lines.append(f"Pruning costs {bits['pruned'] - bits['teacher']:.3f} bits a byte; distillation "
                f"brings back {bits['pruned'] - bits['distilled']:.3f} of it: "
                f"{recovery(results):.1%} of the loss gap.")
@@ -69,6 +64,23 @@ def verdicts(results: Mapping[str, Any], ngrams: Mapping[str, Sequence[float]]) 
     lines.append(f"Distilled ({bits['distilled']:.3f}) {verb} the same size trained from scratch "
                  f"on as many tokens ({bits['scratch']:.3f}).")
   return lines
+
+
+def _against_ngrams(teacher: Mapping[str, float], bits: Sequence[float]) -> list[str]:
+  """Returns how the teacher stands against the 4-gram and the strongest n-gram, where counted."""
+  if not bits:
+    return []
+  ours, best = teacher["bits_per_byte"], min(range(len(bits)), key=lambda index: bits[index])
+  sentence = f"The teacher ({ours:.3f} bits a byte)"
+  if len(bits) >= 4:
+    verb = "beats" if ours < bits[3] else "does not beat"
+    sentence += f" {verb} a byte 4-gram ({bits[3]:.3f}); it"
+  verb = "beats" if ours < bits[best] else "does not beat"
+  return [
+    f"{sentence} {verb} the strongest n-gram printed, the {best + 1}-gram ({bits[best]:.3f}). The "
+    f"model is measured on a sample of {teacher['tokens']:,.0f} tokens of the split, the n-grams "
+    "on all of it."
+  ]
 
 
 def ngram_table(ngrams: Mapping[str, Sequence[float]]) -> str:

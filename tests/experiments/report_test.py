@@ -30,13 +30,18 @@ def test_recovery_is_the_share_of_the_gap_that_closed():
   assert math.isnan(report.recovery(results(teacher=1.0, pruned=1.0, distilled=1.0)))
 
 
-@pytest.mark.parametrize("scratch, fourth, verb", [(2.0, 2.1, "beats"),
-                                                   (1.2, 1.9, "does not beat")])
-def test_verdicts_follow_the_numbers(scratch, fourth, verb):
+@pytest.mark.parametrize("scratch, fourth, verb, sixth, other", [
+  (2.0, 2.1, "beats", 2.05, "beats"), (1.2, 1.9, "does not beat", 1.8, "does not beat"),
+  (2.0, 2.1, "beats", 1.9, "does not beat"),
+])
+def test_verdicts_follow_the_numbers(scratch, fourth, verb, sixth, other):
   found = results(teacher=1.0, pruned=3.0, distilled=1.5, scratch=scratch)
-  lines = report.verdicts(found, {"inside": [4.0, 3.0, 2.5, fourth]})
+  lines = report.verdicts(found, {"inside": [4.0, 3.0, 2.5, fourth, 2.3, sixth, 2.4]})
   assert f"(2.000 bits a byte) {verb} a byte 4-gram ({fourth:.3f})" in lines[0]
+  assert f"{other} the strongest n-gram printed, the 6-gram ({sixth:.3f})" in lines[0]
+  assert "sample of 100 tokens of the split, the n-grams on all of it" in lines[0]
   assert "costs 4.000" in lines[1] and "brings back 3.000" in lines[1] and "75.0%" in lines[1]
+  verb = "beats" if scratch == 2.0 else "does not beat"
   assert lines[2].startswith(f"Distilled (3.000) {verb} the same size")
 
 

@@ -77,12 +77,29 @@ def test_sentences_follow_the_numbers():
     for kept, loss in zip((7, 4), losses, strict=True)
   ]
   result = {"full": 1.0, "groups": 2, "parent": 8, "projections": rows}
-  assert "disagrees" not in findings.price_of_heads(result)
-  assert "costs 0.100 nats, keeping 4 costs 1.000" in findings.price_of_heads(result)
   # Sums 3.1, 3.1: the tie goes to the first, W_x; a little more and W_z is best.
   rows[1]["loss"] = [2.2]
   assert "disagrees: W_x is best at 1 of 2 sizes, and over all sizes W_z" in (
     findings.best_projection(result)
   )
-  cheap = [{**row, "loss": [1.01 if row["heads"] == 4 else 1.1]} for row in rows]
-  assert "disagrees" in findings.price_of_heads({**result, "projections": cheap})
+
+
+@pytest.mark.parametrize("few, half, verdict", [
+  (0.1, 1.0, "agrees"),
+  (0.249, 1.0, "agrees"),
+  (0.251, 1.0, "disagrees"),  # cheaper a head than half of them are not, but not nearly free
+  (0.1, 0.05, "disagrees"),
+  (-0.1, -0.5, "disagrees"),
+])
+def test_the_price_of_heads_agrees_where_few_are_nearly_free_and_half_are_not(few, half, verdict):
+  rows = [{"heads": kept, "choice": "W_x", "loss": [1 + cost]} for kept, cost in ((7, few),
+                                                                                  (4, half))]
+  found = findings.price_of_heads({"full": 1.0, "parent": 8, "projections": rows})
+  assert f"This teacher {verdict}: keeping 7" in found
+  assert f"costs {few:.3f} nats, keeping 4 costs {half:.3f}" in found
+
+
+def test_the_price_of_one_size_has_no_verdict():
+  rows = [{"heads": 5, "choice": "W_x", "loss": [1.5]}]
+  found = findings.price_of_heads({"full": 1.0, "parent": 8, "projections": rows})
+  assert "agrees" not in found and "keeping 5 of 8 heads a group costs 0.500 nats" in found
