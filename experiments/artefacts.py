@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.mistakes import about
 from hybridlm import axes, config
 from hybridlm.config import ModelConfig
 
@@ -72,7 +73,13 @@ def digest(value: Any) -> str:
 
 
 def file_hash(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file."""
+  """Returns the SHA-256 of a file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file")
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -133,7 +140,9 @@ def load_model_config(folder: pathlib.Path) -> ModelConfig:
     FileNotFoundError: the folder holds no model.
     ValueError: it is not a model's config.
   """
-  return ModelConfig.from_dict(read_json(folder / MODEL[0]))
+  path = folder / MODEL[0]
+  with about(str(path)):
+    return ModelConfig.from_dict(read_json(path))
 
 
 def load_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -160,5 +169,6 @@ def load_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     for part in folders:
       place = place.setdefault(part, {})
     place[last] = jnp.asarray(leaf)
-  config.check(cfg, params)
+  with about(str(path)):
+    config.check(cfg, params)
   return cfg, params

@@ -34,6 +34,6 @@ def about(key: str) -> Iterator[None]:
   try:
     yield
   except ValueError as error:
-    if not is_mistake(error):
+    if not is_mistake(error) or str(error).startswith(key):
       raise
     raise ValueError(f"{key}: {error}") from error

@@ -18,6 +18,7 @@ from experiments import (
   stages,
   training,
 )
+from experiments.mistakes import about
 from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
 from hybridlm import api, config
@@ -28,13 +29,17 @@ from hybridlm.prune.scores import Scores
 WATCHING = ("validate_every", "validate_batches", "save_every")
 
 
+# Models before distillation: name in the report -> stage that makes it.
+BEFORE = {"teacher": "teacher", "pruned": "cut"}
+
+
 def build(s: Setup) -> list[Stage]:
   """Returns the stages of the main job, in order."""
   # A manifest that is replayed needs no scores: a wrong one is found before they are computed.
   planned = [_plan(s), _calibrate(s)] if s.c.plan.path else [_calibrate(s), _plan(s)]
   made = [
     _teacher(s), *planned, _cut(s), _ngrams(s),
-    _evaluate(s, "evaluate_cut", {"teacher": "teacher", "pruned": "cut"}), _distil(s),
+    _evaluate(s, "evaluate_cut", BEFORE), _distil(s),
   ]
   trained = {"distilled": "distil"}
   if s.c.scratch.run == "same":
@@ -43,7 +48,7 @@ def build(s: Setup) -> list[Stage]:
   if s.c.findings.heads:
     made.append(_findings(s))
   made = [stage for stage in made if stage is not None]
-  made.append(_evaluate(s, "evaluate_end", trained))
+  made.append(_evaluate(s, "evaluate_end", trained, timed=BEFORE | trained))
   return [*made, _report(s, made)]
 
 
@@ -115,8 +120,9 @@ def _plan(s: Setup) -> Stage:
 
     def replay(folder: pathlib.Path, inputs: Inputs) -> None:
       cfg, params = artefacts.load_model(inputs["teacher"])
-      plan = Plan.load(path)
-      hybridlm.mask(cfg, params, plan)
+      with about(f"plan {path}"):
+        plan = Plan.load(path)
+        hybridlm.mask(cfg, params, plan)
       plan.save(folder / "plan.json")
 
     manifest = {"manifest": artefacts.file_hash(pathlib.Path(path))}
@@ -164,32 +170,37 @@ def _ngrams(s: Setup) -> Stage | None:
   return Stage("ngrams", values, count, home=s.cache)
 
 
-def _evaluate(s: Setup, name: str, models: Mapping[str, str]) -> Stage:
-  """Returns a stage that measures models (name in the report -> stage that made it)."""
-  run = s.c.evaluate
+def _evaluate(
+  s: Setup, name: str, models: Mapping[str, str], *, timed: Mapping[str, str] | None = None
+) -> Stage:
+  """Returns a stage that measures models (name in the report -> stage that made it).
+
+  `timed` are those whose speed is measured, taking turns; by default the same.
+  """
+  run, timed = s.c.evaluate, models if timed is None else timed
 
   def evaluate(folder: pathlib.Path, inputs: Inputs) -> None:
-    teacher = artefacts.load_model(inputs["teacher"])
-    loaded = {key: artefacts.load_model(inputs[stage]) for key, stage in models.items()}
+    loaded = {key: artefacts.load_model(inputs[stage]) for key, stage in timed.items()}
+    teacher = loaded["teacher"]
     batches = {
       key: s.held_out(source, run.split, run, run.batches) for key, source in s.tests.items()
     }
     speed = evaluation.forward_speed(loaded, batches["inside"][0], repeats=run.speed_repeats)
     lengths = s.corpus.tokenizer.byte_lengths_V
     results = {}
-    for key, model in loaded.items():
-      results[key] = evaluation.quality(model, teacher, batches, lengths) | {
-        "parameters": config.parameters(model[0]),
+    for key in models:
+      results[key] = evaluation.quality(loaded[key], teacher, batches, lengths) | {
+        "parameters": config.parameters(loaded[key][0]),
         "forward_tokens_per_second": speed[key],
         "machine": evaluation.machine(),
       }
     artefacts.write_json(folder / "results.json", results)
+    artefacts.write_json(folder / "speed.json", speed)
 
   values = {
     key: s.held_out_data(source, run.split, run, run.batches) for key, source in s.tests.items()
   } | {"speed_repeats": run.speed_repeats}
-  needs = dict.fromkeys(("teacher", *models.values()))
-  return Stage(name, values, evaluate, needs=tuple(needs))
+  return Stage(name, values, evaluate, needs=tuple(timed.values()), version=2)
 
 
 def _distil(s: Setup) -> Stage:
@@ -261,8 +272,10 @@ def _report(s: Setup, made: list[Stage]) -> Stage:
   names = tuple(stage.name for stage in made)
 
   def write(folder: pathlib.Path, inputs: Inputs) -> None:
+    speed = artefacts.read_json(inputs["evaluate_end"] / "speed.json")
     results = {
-      name: result for key in ("evaluate_cut", "evaluate_end")
+      name: result | {"forward_tokens_per_second": speed[name]}
+      for key in ("evaluate_cut", "evaluate_end")
       for name, result in artefacts.read_json(inputs[key] / "results.json").items()
     }
     runs = {"teacher": "teacher", "distilled": "distil", "scratch": "scratch"}
@@ -283,7 +296,7 @@ def _report(s: Setup, made: list[Stage]) -> Stage:
       plan=Plan.load(inputs["plan"] / "plan.json"), facts=_facts(s, inputs, logs, results),
     )
 
-  return Stage("report", {"name": s.c.name}, write, needs=names)
+  return Stage("report", {"name": s.c.name}, write, needs=names, version=2)
 
 
 def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:
@@ -303,8 +316,8 @@ def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:
   for name, log in logs.items():
     made = log["summary"]
     facts[f"Training, {report.NAMES[name]}"] = (
-      f"{made['steps']} steps, {made['tokens']:,} tokens in {made['seconds']:.0f} s on "
-      f"{made['machine']}"
+      f"{made['steps']} steps, {made['tokens']:,} tokens in {made['seconds']:.0f} s of "
+      f"computing (compilation, validation and saves left out) on {made['machine']}"
     )
   facts["Forward speed measured on"] = results["distilled"]["machine"]
   return facts

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import artefacts
+from experiments import artefacts, checks
+from experiments.mistakes import about
 from hybridlm import axes
 from hybridlm.config import PRESETS, ModelConfig, block_name
 from hybridlm.data import pipeline as data
@@ -129,7 +130,8 @@ def replayed(cfg: ModelConfig, path: str, expected: ModelConfig | None) -> Model
     FileNotFoundError: there is no such file.
     ValueError: not a plan, one of a model of other sizes, or of other sizes than the targets.
   """
-  plan = Plan.load(path)
+  with about(f"plan {path}"):
+    plan = Plan.load(path)
   if plan.config.blocks != cfg.blocks or (plan.config.V, plan.config.D) != (cfg.V, cfg.D):
     raise ValueError(f"plan {path} was made for another model: {plan.config.pattern!r}, "
                      f"V={plan.config.V}, D={plan.config.D}")
@@ -160,42 +162,6 @@ def mesh(c: ConfigDict) -> Mesh:
   if along is None:
     along = max(1, jax.device_count() // max(1, c.mesh.model))
   return meshes.make({"data": along, "model": c.mesh.model})
-
-
-def check(c: ConfigDict, grid: Mesh) -> None:
-  """Raises where numbers of the config cannot go together.
-
-  Raises:
-    ValueError: names the key, its value and the rule.
-  """
-  rows = grid.shape["data"]
-  for key in ("teacher", "distil"):
-    run = c[key]
-    if run.steps < 1 or run.batch < 1 or run.accumulate < 1:
-      raise ValueError(
-        f"{key}: steps={run.steps}, batch={run.batch}, accumulate={run.accumulate} must be positive"
-      )
-    if run.batch % (run.accumulate * rows):
-      raise ValueError(
-        f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
-        f"mesh.data={rows}"
-      )
-    optimizer(run)
-  for key in ("calibrate", "evaluate", "findings"):
-    if c[key].batch < 1 or c[key].batches < 1:
-      raise ValueError(f"{key}: batch={c[key].batch}, batches={c[key].batches} must be positive")
-    if c[key].batch % rows:
-      raise ValueError(f"{key}.batch={c[key].batch} is not a multiple of mesh.data={rows}")
-  for key in ("inside", "outside"):
-    if c.evaluate[key] not in c.data.sources:
-      known = ", ".join(sorted(c.data.sources))
-      raise ValueError(f"evaluate.{key}={c.evaluate[key]!r} is not one of data.sources: {known}")
-  if c.findings.seeds < 1 or c.findings.calibration < 1:
-    raise ValueError(
-      f"findings: seeds={c.findings.seeds}, calibration={c.findings.calibration} must be positive"
-    )
-  if c.scratch.run not in ("same", "none"):
-    raise ValueError(f"scratch.run={c.scratch.run!r} is not one of same, none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,13 +230,21 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
     FileNotFoundError: text, tokenizer, teacher or plan that is not there.
     ValueError: values that cannot go together, text that is empty or not UTF-8.
   """
+  checks.values(c, grid)
+  for key in ("teacher", "distil"):
+    with about(key):
+      optimizer(c[key])
+  if c.scratch.run == "same":
+    with about("scratch"):
+      optimizer(c.distil, peak=c.scratch.peak)
   text = corpus(c, folder=cache / "tokens")
   if c.teacher.path:
     cfg = artefacts.load_model_config(pathlib.Path(c.teacher.path))
     check_vocabulary(c, cfg, text.tokenizer.V)
   else:
     cfg = model(c, text.tokenizer.V)
-  check(c, grid)
+  checks.heads(c.findings.heads, cfg)
+  checks.texts(c, text)
   wanted, run = targets(c), c.calibrate
   left = None
   if wanted or not c.plan.path:
@@ -278,4 +252,6 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
   if c.plan.path:
     # Which blocks stay is decided by scores, so a target of blocks says nothing about their kinds.
     left = replayed(cfg, c.plan.path, None if "blocks" in wanted else left)
+  for owner, each in (("the teacher", cfg), ("the small model", left)):
+    checks.layout(each, grid, owner)
   return Setup(c, cache, text, cfg, left, grid)

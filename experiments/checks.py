@@ -1,0 +1,168 @@
+"""What can be wrong with a config's values, found before anything runs."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from experiments.mistakes import about
+from hybridlm import axes, config
+from hybridlm.config import Mamba, ModelConfig
+from hybridlm.data.pipeline import Corpus
+from hybridlm.eval import ngram
+from hybridlm.prune import depth as depths
+from hybridlm.prune import scores as scoring
+from hybridlm.train import mesh as meshes
+
+# The least that whole numbers may be; seeds are 32 bits.
+LEAST = {
+  "seed": 0, "data.length": 1,
+  "calibrate.batch": 1, "calibrate.batches": 1,
+  "evaluate.batch": 1, "evaluate.batches": 1, "evaluate.speed_repeats": 1, "evaluate.ngram": 0,
+  "findings.batch": 1, "findings.batches": 1, "findings.seeds": 1, "findings.calibration": 1,
+} | {
+  f"{run}.{key}": least for run in ("teacher", "distil")
+  for key, least in {"steps": 1, "batch": 1, "accumulate": 1, "validate_batches": 1,
+                     "validate_every": 0, "save_every": 0}.items()
+}
+
+
+def values(c: ConfigDict, grid: Mesh) -> None:
+  """Raises where numbers and names of the config are out of range or cannot go together.
+
+  Raises:
+    ValueError: names the key, its value and the rule.
+  """
+  for path, least in LEAST.items():
+    value = _value(c, path)
+    if value < least:
+      raise ValueError(f"{path}={value} must be at least {least}")
+  if c.seed >= 2**31:
+    raise ValueError(f"seed={c.seed} must be below 2**31")
+  if c.evaluate.ngram > 40:
+    raise ValueError(f"evaluate.ngram={c.evaluate.ngram}: more than 40 symbols never fit 64 bits")
+  _batches(c, grid.shape["data"])
+  _names(c)
+  _loss(c.distil)
+
+
+def _value(c: ConfigDict, path: str) -> Any:
+  for name in path.split("."):
+    c = c[name]
+  return c
+
+
+def _batches(c: ConfigDict, rows: int) -> None:
+  for key in ("teacher", "distil"):
+    run = c[key]
+    if run.batch % (run.accumulate * rows):
+      raise ValueError(
+        f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
+        f"mesh.data={rows}"
+      )
+  for key in ("calibrate", "evaluate", "findings"):
+    if c[key].batch % rows:
+      raise ValueError(f"{key}.batch={c[key].batch} is not a multiple of mesh.data={rows}")
+
+
+def _names(c: ConfigDict) -> None:
+  choices = {
+    "calibrate.estimator": scoring.ESTIMATORS, "calibrate.depth": (None, *depths.ESTIMATORS),
+    "evaluate.inside": sorted(c.data.sources), "evaluate.outside": sorted(c.data.sources),
+    "scratch.run": ("same", "none"),
+  }
+  for path, known in choices.items():
+    value = _value(c, path)
+    if value not in known:
+      raise ValueError(f"{path}={value!r} is not one of {', '.join(map(str, known))}")
+  letters = c.calibrate.axes
+  if not letters or not set(letters) <= set(scoring.SCORE_OF):
+    raise ValueError(f"calibrate.axes={letters!r}: choose from {''.join(scoring.SCORE_OF)}")
+
+
+def _loss(run: ConfigDict) -> None:
+  if not 0 < run.temperature < math.inf:
+    raise ValueError(f"distil.temperature={run.temperature} must be positive")
+  if not (0 <= run.kl < math.inf and 0 <= run.ce < math.inf and run.kl + run.ce > 0):
+    raise ValueError(
+      f"distil.kl={run.kl} and distil.ce={run.ce} must not be negative, nor both zero"
+    )
+
+
+def heads(kept: Iterable[Any], cfg: ModelConfig) -> None:
+  """Raises unless `findings.heads` can be studied on a teacher.
+
+  Raises:
+    ValueError: not whole numbers, or heads that its groups have not.
+  """
+  kept = tuple(kept)
+  if kept and not any(isinstance(block, Mamba) for block in cfg.blocks):
+    raise ValueError(f"findings.heads={kept}: the teacher {cfg.pattern!r} has no Mamba block")
+  for count in kept:
+    if type(count) is not int or not 1 <= count <= cfg.size("H"):
+      raise ValueError(
+        f"findings.heads={kept}: {count!r} is not a whole number of heads in 1..{cfg.size('H')}, "
+        "those of a group of the teacher"
+      )
+
+
+def layout(cfg: ModelConfig, grid: Mesh, owner: str) -> None:
+  """Raises unless a model can be laid out on a mesh.
+
+  Raises:
+    ValueError: a leaf with a size that the devices along an axis do not divide.
+  """
+  tree: dict[str, Any] = {}
+  for path, shape in axes.leaves(config.shapes(cfg)):
+    *folders, name = path.split("/")
+    place = tree
+    for folder in folders:
+      place = place.setdefault(folder, {})
+    place[name] = jax.ShapeDtypeStruct(shape, np.float32)
+  with about(f"mesh.data={grid.shape['data']}, mesh.model={grid.shape['model']}: {owner}"):
+    meshes.shardings(grid, tree, meshes.RULES)
+
+
+def texts(c: ConfigDict, corpus: Corpus) -> None:
+  """Raises unless every split that a job reads holds a sequence, and n-grams can be counted.
+
+  Raises:
+    ValueError: names source, split and rule.
+  """
+  mixed = sorted({name for _, weights in corpus.phases for name, _ in weights})
+  inside, test = c.evaluate.inside, c.evaluate.split
+  used = [*((name, "train") for name in mixed), (inside, "valid"), (inside, c.calibrate.split),
+          (inside, test), (c.evaluate.outside, test)]
+  for source, split in dict.fromkeys(used):
+    sequence(corpus, source, split, c.data.length)
+  if c.evaluate.ngram:
+    found = [d.text for name in mixed for d in corpus.documents(name, "train")]
+    with about(f"evaluate.ngram={c.evaluate.ngram}"):
+      # What is counted depends on the symbols alone.
+      ngram.fit(["".join(sorted(set().union(*found)))], order=c.evaluate.ngram)
+
+
+def sequence(corpus: Corpus, source: str, split: str, length: int) -> None:
+  """Raises unless a split holds a sequence's tokens; reads no further than it must.
+
+  Raises:
+    ValueError: too few.
+  """
+  longest = max(1, int(corpus.tokenizer.byte_lengths_V.max()))
+  documents = corpus.documents(source, split)
+  # An id stands for at most `longest` bytes, and each document ends with one more.
+  if sum(1 + -(-len(d.text) // longest) for d in documents) >= length:
+    return
+  count = 0
+  for document in documents:
+    count += 1 + len(corpus.tokenizer.encode(document.text))
+    if count >= length:
+      return
+  raise ValueError(
+    f"data.sources.{source}: its split {split!r} has {count} tokens, fewer than one sequence of "
+    f"data.length={length}"
+  )
