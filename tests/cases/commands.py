@@ -25,11 +25,14 @@ def environment(**extra: str) -> dict[str, str]:
   return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | extra
 
 
-def drive(calls, *, cwd: pathlib.Path) -> list[tuple[int, str, str]]:
-  """Returns exit code, output and error output of each call `(command, arguments)`."""
+def drive(calls, *, cwd: pathlib.Path, **extra: str) -> list[tuple[int, str, str]]:
+  """Returns exit code, output and error output of each call `(command, arguments)`.
+
+  `extra` are environment variables.
+  """
   done = subprocess.run(
     [sys.executable, "-W", "error", "-c", DRIVER], input=json.dumps(list(calls)), text=True,
-    capture_output=True, cwd=cwd, env=environment(), check=False,
+    capture_output=True, cwd=cwd, env=environment(**extra), check=False,
   )
   assert done.returncode == 0, done.stderr[-4000:]
   return [tuple(json.loads(line)) for line in done.stdout.splitlines()]

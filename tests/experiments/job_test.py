@@ -5,11 +5,12 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from cases import commands
 from configs import quickstart_toy
-from experiments import settings
+from experiments import artefacts, settings
 from hybridlm import config
 
 CONFIG = commands.TOY
@@ -109,6 +110,11 @@ def test_a_plan_and_a_teacher_given_as_files_are_used_as_they_are(place):
       place / "job" / "cut" / name).read_bytes()
 
 
+def text(path: str, source: str = "main") -> list[str]:
+  """Returns the arguments that make a folder of text a source."""
+  return [f"--config.data.sources.{source}.{key}" for key in ("kind=text", f"path={path}")]
+
+
 # Mistakes: what it is -> (arguments, words that the one line must hold).
 MISTAKES = {
   "an unknown config key": (["--config.distil.stesp=3"], ["distil.stesp", "distil.steps"]),
@@ -121,48 +127,71 @@ MISTAKES = {
   "a letter no block has": (["--config.model.pattern=M?"], ["M?"]),
   "a target above the parent": (["--config.targets.D=17"], ["D=17", "16"]),
   "a target of zero": (["--config.targets.F=0"], ["F=0"]),
-  "heads that groups cannot share": (
+  "heads in two units that disagree": (
     ["--config.targets.heads=3", "--config.targets.H=4"], ["heads"]),
+  "heads that groups cannot share": (
+    ["--config.targets.H=None", "--config.targets.heads=5"],
+    ["heads=5", "not a multiple of its 2 groups"]),
+  "a layout that devices cannot share": (["--config.mesh.model=2"], ["model=2", "needs 2"]),
   "a vocabulary too small for the tokenizer": (["--config.model.V=200"], ["257", "V=200"]),
   "an unknown tokenizer": (["--config.data.tokenizer=sotu_1025"], ["sotu_1025", "sotu_1024"]),
   "an unknown estimator": (["--config.calibrate.estimator=best"], ["best", "activation"]),
   "scores that miss an axis": (["--config.calibrate.axes=HP"], ["score_D"]),
   "a source that is not there": (["--config.evaluate.outside=latin"], ["latin", "main"]),
-  "a missing corpus": (
-    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=gone"], ["gone"]),
-  "an empty corpus": (
-    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=empty"], ["main"]),
-  "a corpus that is not UTF-8": (
-    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=latin"],
-    ["latin", "UTF-8"]),
-  "a corpus shorter than a sequence": (
-    ["--config.data.sources.main.kind=text", "--config.data.sources.main.path=short"], ["32"]),
+  "a missing corpus": (text("gone"), ["gone"]),
+  "a corpus of a user who is not there": (text("~nobody-here/x"), ["~nobody-here/x"]),
+  "an empty corpus": (text("empty"), ["main"]),
+  "a corpus that is not UTF-8": (text("latin"), ["latin", "UTF-8"]),
+  "a corpus shorter than a sequence": (text("short"), ["main", "fewer", "data.length=32"]),
+  "an out-of-domain corpus shorter than a sequence": (
+    text("short", "other"), ["data.sources.other", "'test'", "20 tokens", "data.length=32"]),
   "a sequence longer than the corpus": (["--config.data.length=20000000"], ["20000000"]),
+  "a sequence of nothing": (["--config.data.length=0"], ["data.length=0"]),
   "micro-batches that do not divide": (["--config.distil.accumulate=3"], ["batch=2",
                                                                           "accumulate=3"]),
   "a mesh of more devices than there are": (["--config.mesh.data=3"], ["3", "1"]),
   "an unknown schedule": (["--config.teacher.schedule=linear"], ["linear", "cosine"]),
   "a plan that is not there": (["--config.plan.path=gone.json"], ["gone.json"]),
-  "a plan of another model": (["--config.plan.path=foreign.json"], ["plan", "parameters"]),
+  "a plan of other parameters": (["--config.plan.path=foreign.json"], ["foreign.json",
+                                                                       "parameters"]),
+  "a plan of another number of heads in each group": (
+    ["--config.plan.path=uneven.json"], ["uneven.json", "every group keeps as many"]),
   "a teacher that is not there": (["--config.teacher.path=gone"], ["gone"]),
+  "a teacher without parameters": (["--config.teacher.path=half"], ["half/params.npz"]),
+  "a teacher that is a list": (["--config.teacher.path=list"], ["list/model.json"]),
+  "a truncated teacher": (["--config.teacher.path=truncated"], ["truncated/params.npz"]),
+  "a teacher whose activations are not finite": (
+    ["--config.teacher.path=nan"], ["calibration batch 0", "not finite"]),
 }
 
 
-def write_corpora(place: pathlib.Path) -> None:
-  """Writes corpora that no run can use, and a plan for parameters that nobody has."""
+def write_bad_input(place: pathlib.Path) -> None:
+  """Writes corpora, plans and teachers that no run can use."""
   for name, data in {"empty": b"", "latin": b"caf\xe9 " * 99, "short": b"too short"}.items():
     (place / name).mkdir()
     for number in range(20):
       (place / name / f"{number:02d}.txt").write_bytes(data)
   plan = json.loads((place / "job" / "plan" / "plan.json").read_text())
   (place / "foreign.json").write_text(json.dumps(plan | {"source": "0" * 64}))
+  plan["keep"]["00"]["keep_GH"][1].pop()
+  (place / "uneven.json").write_text(json.dumps(plan))
+  teacher, = (place / "cache").glob("teacher-*")
+  cfg, params = artefacts.load_model(teacher)
+  artefacts.save_model(place / "nan", cfg, params | {"embed": {
+    "w_embed_VD": np.full_like(params["embed"]["w_embed_VD"], np.nan)}})
+  for name in ("half", "list", "truncated"):
+    (place / name).mkdir()
+    shutil.copy(teacher / "model.json", place / name)
+  (place / "list" / "model.json").write_text("[]")
+  (place / "truncated" / "params.npz").write_bytes((teacher / "params.npz").read_bytes()[:-50])
 
 
 def test_a_users_mistake_gets_one_line_and_code_2_and_changes_nothing(place, subtests):
-  write_corpora(place)
+  write_bad_input(place)
   before = commands.files(place / "job")
   calls = [("distill", [CONFIG, "--workdir=job", *argv]) for argv, _ in MISTAKES.values()]
-  fresh = [("distill", [CONFIG, "--workdir=fresh", *argv]) for argv, _ in MISTAKES.values()]
+  fresh = [("distill", [CONFIG, "--workdir=fresh/a/job", "--cache_dir=cache", *argv])
+           for argv, _ in MISTAKES.values()]
   results = commands.drive(calls + fresh, cwd=place)
   for (name, (_, words)), *both in zip(
     MISTAKES.items(), results[: len(calls)], results[len(calls) :], strict=True
@@ -184,8 +213,53 @@ def test_a_workdir_of_another_config_is_refused(place):
   )
   before = commands.files(place / "job")
   (code, _, err), = commands.drive([("distill", ["--config=mine.py", "--workdir=job"])], cwd=place)
-  assert code == 2 and "belongs to config 'quickstart_toy', not 'mine'" in err
+  assert code == 2 and err.count("\n") == 1
+  assert "belongs to config 'quickstart_toy' of configs/quickstart_toy.py, not" in err
   assert commands.files(place / "job") == before
+
+
+def test_rows_that_devices_cannot_share_are_refused(place):
+  before = commands.files(place / "job")
+  (code, _, err), (other, _, words) = commands.drive(
+    [("distill", [CONFIG, "--workdir=job", *argv]) for argv in (
+      ["--config.mesh.data=8"], ["--config.mesh.data=1", "--config.mesh.model=8"])],
+    cwd=place, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+  assert (code, err) == (
+    2, "teacher.batch=2 is not a multiple of teacher.accumulate=1 times mesh.data=8\n")
+  assert other == 2 and words.startswith("mesh.data=1, mesh.model=8: the teacher: leaf ")
+  assert commands.files(place / "job") == before
+
+
+def test_a_diverged_run_keeps_its_folder_and_damaged_checkpoints_are_told_and_left(place):
+  wild = ["--config.distil.peak=1e30", "--config.distil.clip=1e30", "--config.distil.warmup=0",
+          "--config.distil.save_every=1"]
+  code, _, err = call(place, "distill", *wild)
+  assert code == 2 and "is not finite" in err and err.count("\n") == 1, err
+  partial = place / "job" / "distil.partial"
+  saved = list(partial.glob("checkpoints/*/position.json"))
+  assert saved and (partial / "metrics.jsonl").is_file()
+  for path in saved:
+    path.write_bytes(path.read_bytes()[:-3])
+  before = commands.files(place / "job")
+  code, _, err = call(place, "distill", *wild)
+  assert code == 2 and "damaged" in err and err.count("\n") == 1, err
+  assert commands.files(place / "job") == before
+
+
+def test_a_truncated_artefact_is_told_and_left_alone(place):
+  path = place / "job" / "cut" / "params.npz"
+  path.write_bytes(path.read_bytes()[:-50])
+  before = commands.files(place / "job")
+  code, _, err = call(place, "distill", "--config.distil.temperature=2.0")
+  assert code == 2 and "cut: params.npz is not what was written" in err and err.count("\n") == 1
+  assert commands.files(place / "job") == before
+
+
+def test_the_study_of_heads_names_the_command_that_made_it(place):
+  code, out, err = call(place, "evidence")
+  assert (code, err) == (0, "")
+  text = (place / "docs" / "results" / "quickstart_toy.md").read_text()
+  assert f"python -m experiments.evidence {CONFIG}\n" in text
 
 
 @pytest.mark.parametrize("where", ["cache/teacher-*/params.npz", "job/cut/params.npz"])

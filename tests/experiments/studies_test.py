@@ -86,17 +86,23 @@ def test_sentences_follow_the_numbers():
 
 @pytest.mark.parametrize("few, half, verdict", [
   (0.1, 1.0, "agrees"),
-  (0.249, 1.0, "agrees"),
-  (0.251, 1.0, "disagrees"),  # cheaper a head than half of them are not, but not nearly free
+  (0.24, 1.0, "agrees"),
+  (0.3, 1.0, "disagrees"),  # less than half of them cost, head by head, but not nearly free
   (0.1, 0.05, "disagrees"),
   (-0.1, -0.5, "disagrees"),
 ])
 def test_the_price_of_heads_agrees_where_few_are_nearly_free_and_half_are_not(few, half, verdict):
-  rows = [{"heads": kept, "choice": "W_x", "loss": [1 + cost]} for kept, cost in ((7, few),
-                                                                                  (4, half))]
+  costs = {6: few, 4: half}
+  rows = [{"heads": kept, "choice": "W_x", "loss": [1 + cost]} for kept, cost in costs.items()]
   found = findings.price_of_heads({"full": 1.0, "parent": 8, "projections": rows})
-  assert f"This teacher {verdict}: keeping 7" in found
+  assert f"This teacher {verdict}: keeping 6" in found
   assert f"costs {few:.3f} nats, keeping 4 costs {half:.3f}" in found
+
+
+def test_few_heads_are_not_nearly_free_where_each_costs_more_than_at_half():
+  rows = [{"heads": 15, "choice": "W_x", "loss": [1.2]}, {"heads": 8, "choice": "W_x",
+                                                           "loss": [2.0]}]
+  assert "disagrees" in findings.price_of_heads({"full": 1.0, "parent": 16, "projections": rows})
 
 
 def test_the_price_of_one_size_has_no_verdict():

@@ -1,0 +1,101 @@
+"""A config with a value that no run can use is refused before anything runs, under its key."""
+
+import jax
+import pytest
+
+from cases import models
+from configs import quickstart_toy
+from experiments import checks, settings
+from experiments.mistakes import is_mistake
+
+HUGE = 10**9
+VALUES = [
+  ("seed=-1", ["seed=-1"]),
+  ("seed=4294967296", ["seed=4294967296"]),
+  ("data.length=0", ["data.length=0"]),
+  ("calibrate.estimator='best'", ["calibrate.estimator='best'", "activation"]),
+  ("calibrate.depth='best'", ["calibrate.depth='best'", "kl", "influence"]),
+  ("calibrate.axes='HX'", ["calibrate.axes='HX'"]),
+  ("calibrate.axes=''", ["calibrate.axes=''"]),
+  ("calibrate.split='some'", ["some", "train"]),
+  ("distil.temperature=0.0", ["distil.temperature=0.0"]),
+  ("distil.temperature=float('nan')", ["distil.temperature=nan"]),
+  ("distil.kl=-1.0", ["distil.kl=-1.0"]),
+  ("distil.ce=float('inf')", ["distil.ce=inf"]),
+  ("distil.kl=0.0", ["distil.kl=0.0", "distil.ce=0.0"]),
+  ("teacher.validate_every=-1", ["teacher.validate_every=-1"]),
+  ("teacher.save_every=-1", ["teacher.save_every=-1"]),
+  ("distil.validate_batches=0", ["distil.validate_batches=0"]),
+  ("distil.warmup=-1", ["distil", "warmup=-1"]),
+  ("distil.steps=0", ["distil.steps=0"]),
+  ("evaluate.speed_repeats=0", ["evaluate.speed_repeats=0"]),
+  ("evaluate.ngram=-1", ["evaluate.ngram=-1"]),
+  ("evaluate.ngram=20", ["evaluate.ngram=20", "64 bits"]),
+  (f"evaluate.ngram={HUGE}", [f"evaluate.ngram={HUGE}", "64 bits"]),
+  ("evaluate.batches=0", ["evaluate.batches=0"]),
+  ("scratch.peak=-1.0", ["scratch", "peak=-1.0"]),
+  ("scratch.run='some'", ["scratch.run='some'"]),
+  ("findings.heads=(5, 2)", ["findings.heads=(5, 2)", "1..4"]),
+  ("findings.heads=(0,)", ["findings.heads=(0,)"]),
+  ("findings.heads=(2.0,)", ["findings.heads", "whole"]),
+  ("findings.seeds=0", ["findings.seeds=0"]),
+]
+
+
+def grid(data=1):
+  """Returns a grid of devices along the batch."""
+  return jax.make_mesh((data, 1), ("data", "model"), devices=jax.devices()[:data])
+
+
+@pytest.mark.parametrize("change, words", VALUES)
+def test_a_value_that_no_run_can_use_is_refused_under_its_key(change, words, tmp_path):
+  c = quickstart_toy.get_config()
+  key, _, value = change.partition("=")
+  *folders, name = key.split(".")
+  tree = c
+  for folder in folders:
+    tree = tree[folder]
+  tree[name] = eval(value)
+  with pytest.raises(ValueError) as caught:
+    settings.setup(c, grid(), cache=tmp_path / "cache")
+  assert is_mistake(caught.value) and "\n" not in str(caught.value)
+  assert all(word in str(caught.value) for word in words), str(caught.value)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_of_a_teacher_without_heads_are_refused():
+  with pytest.raises(ValueError, match=r"findings.heads=\(2,\): .* '-\*' has no Mamba block"):
+    checks.heads([2], models.make(pattern="-*"))
+  checks.heads([], models.make(pattern="-*"))
+
+
+def corpus(tmp_path, sizes, tokenizer="bytes"):
+  """Returns a corpus whose training split has documents of these many letters."""
+  c = quickstart_toy.get_config()
+  for number, size in enumerate(sizes, 1):
+    (tmp_path / f"{number:02d}.txt").write_text("x" * size)
+  (tmp_path / "00.txt").write_text("test")
+  c.data.sources.main.update(kind="text", path=str(tmp_path))
+  c.data.tokenizer = tokenizer
+  return settings.corpus(c)
+
+
+def test_a_split_of_just_one_sequence_is_long_enough_and_one_token_more_is_not(tmp_path):
+  found = corpus(tmp_path, (3, 7, 1))
+  checks.sequence(found, "main", "train", 14)  # 11 letters and 3 ends
+  with pytest.raises(ValueError, match="data.sources.main.*'train' has 14 tokens.*length=15"):
+    checks.sequence(found, "main", "train", 15)
+
+
+def test_where_tokens_stand_for_many_bytes_the_split_is_counted_in_tokens(tmp_path):
+  found = corpus(tmp_path, (30, 70, 1), tokenizer="sotu_1024")
+  count = int(found.tokens("main", "train").start[-1])
+  assert 3 < count
+  checks.sequence(found, "main", "train", count)
+  with pytest.raises(ValueError, match=f"has {count} tokens"):
+    checks.sequence(found, "main", "train", count + 1)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="teacher.batch=2 is not a multiple of .* mesh.data=4"):
+    settings.setup(quickstart_toy.get_config(), grid(4), cache=tmp_path)
