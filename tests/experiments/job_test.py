@@ -10,7 +10,7 @@ import pytest
 
 from cases import commands
 from configs import quickstart_toy
-from experiments import artefacts, settings
+from experiments import artefacts, report, settings
 from hybridlm import config
 
 CONFIG = commands.TOY
@@ -51,6 +51,11 @@ def test_one_command_goes_from_text_to_a_report(finished):
     assert f"| {name} | " in text
   teacher, small = parameters()
   assert f"| teacher | {teacher} |" in text and f"| pruned | {small} |" in text
+  speed = artefacts.read_json(finished / "job" / "evaluate_end" / "speed.json")
+  assert speed.keys() == report.NAMES.keys()
+  for name, tokens in speed.items():  # one stage timed them all, taking turns
+    row, = (line for line in text.splitlines() if line.startswith(f"| {report.NAMES[name]} | "))
+    assert row.endswith(f" {tokens:,.0f} |")
   pictures = {path.name for path in (finished / "job" / "report").glob("*.png")}
   maps = {f"importance_{name}.png" for name in ("HP", "F", "KJ", "D", "X")}
   assert pictures == maps | {"loss.png"}
