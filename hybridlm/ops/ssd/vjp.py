@@ -25,8 +25,8 @@ def ssd(
 ) -> tuple[Float[Array, "B L G H P"], Float[Array, "B G H P N"]]:
   """Returns y_BLGHP in x's dtype and the float32 state after the last token, chunk by chunk.
 
-  Same contract as `reference.ssd`; reverse-mode differentiable only. L is padded to a multiple
-  of `chunk` with dt = 0, which leaves the state as it is.
+  Same contract as `reference.ssd`; reverse-mode differentiable only. L is padded to two
+  chunks or more with dt = 0, which leaves the state as it is.
   """
   B, L, G, H, P = x_BLGHP.shape
   dtype = jnp.promote_types(x_BLGHP.dtype, jnp.float32)
@@ -35,10 +35,13 @@ def ssd(
   if segment_BL is None:
     segment_BL = jnp.zeros((B, L), jnp.int32)
   fresh_BL = jnp.diff(segment_BL, axis=1, prepend=segment_BL[:, :1]) != 0
-  chunk = min(chunk, L)
+  # At least two chunks: a loop of one is inlined, and jaxlib 0.10.2 on CPU then reads memory it
+  # never wrote when a product with the state's constant zeros is fused into a sum.
+  chunk = min(chunk, -(-L // 2))
+  chunks = max(2, -(-L // chunk))
 
   def padded(v_BL):
-    return jnp.pad(v_BL, [(0, 0), (0, -L % chunk)] + [(0, 0)] * (v_BL.ndim - 2))
+    return jnp.pad(v_BL, [(0, 0), (0, chunks * chunk - L)] + [(0, 0)] * (v_BL.ndim - 2))
 
   dt_BLGH = dt_BLGH.astype(dtype)
   y_BLGHP, state_BGHPN = _scan(
