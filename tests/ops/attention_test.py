@@ -35,7 +35,9 @@ def dense(q, k, v, segment_BL, segment_BS, window):
 
 
 @pytest.mark.parametrize("window", [None, 1, 9, 100])
-@pytest.mark.parametrize("S, length, block", [(37, 37, 8), (37, 37, 128), (45, 13, 8), (64, 64, 16)])
+@pytest.mark.parametrize(
+  "S, length, block", [(37, 37, 8), (37, 37, 128), (45, 13, 8), (64, 64, 16)]
+)
 def test_blocks_equal_the_dense_formula_in_value_and_gradient(S, length, block, window):
   q, k, v, segment_BL, segment_BS = inputs(S, length)
   cotangent = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
