@@ -1,120 +1,145 @@
-"""The causal convolution against a loop over positions, and its own backward."""
+"""The laws of the causal convolution, against a loop in numpy."""
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from hybridlm.ops.conv import causal_conv
 
-B, L, W = 3, 17, 4
-SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 11, [1] * 17, [4] * 2 + [2] * 9 + [0] * 6])
+B, L, W = 3, 13, 4
+CHANNELS = {"heads": (2, 5, 6), "groups": (2, 7), "one axis": (9,)}
 
 
-def inputs(channels, dtype=np.float32, seed=0):
-  """Returns x, taps, bias and the inputs before position 0."""
+def make(channels, *, seed=0, width=W):
+  """Returns x, taps, bias, segments and state as arrays; ids come back after a gap."""
   rng = np.random.default_rng(seed)
-  shapes = ((B, L, *channels), (W, *channels), channels, (B, W - 1, *channels))
-  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+  def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  segment_BL = jnp.asarray(np.cumsum(rng.random((B, L)) < 0.3, axis=1) % 2, jnp.int32)
+  state = normal(B, width - 1, *channels)
+  return normal(B, L, *channels), normal(width, *channels), normal(*channels), segment_BL, state
 
 
-def by_position(x, taps, bias, segment_BL, state):
-  """Returns the convolution in float64, one position and one tap at a time."""
-  x, taps, bias, state = (np.asarray(a, np.float64) for a in (x, taps, bias, state))
-  y = np.zeros_like(x)
-  for row in range(x.shape[0]):
-    for t in range(x.shape[1]):
-      y[row, t] = bias
-      for i in range(W):
-        source = t - i
-        if (segment_BL[row, max(source, 0) : t + 1] != segment_BL[row, t]).any():
-          break
-        past = x[row, source] if source >= 0 else state[row, W - 1 + source]
-        y[row, t] += taps[W - 1 - i] * past
-  return y
+def loop(x_BL, taps_W, bias, segment_BL, state):
+  """Returns the convolution in float64, one position and tap at a time."""
+  x_BL, taps_W, bias, state = (np.asarray(v, np.float64) for v in (x_BL, taps_W, bias, state))
+  width = taps_W.shape[0]
+  y_BL = np.zeros_like(x_BL)
+  for row, t in np.ndindex(*x_BL.shape[:2]):
+    y_BL[row, t] = bias + taps_W[-1] * x_BL[row, t]
+    for back in range(1, width):
+      first = max(t - back + 1, 1)
+      steps = segment_BL[row, first : t + 1] != segment_BL[row, first - 1 : t]
+      if np.any(steps):
+        break
+      source = x_BL[row, t - back] if t >= back else state[row, t - back]
+      y_BL[row, t] += taps_W[-1 - back] * source
+  return y_BL
 
 
-@pytest.mark.parametrize("channels", [(5,), (2, 3), (2, 4, 6)])
-@pytest.mark.parametrize("segments", ["none", "documents"])
-def test_it_equals_the_loop_over_positions(channels, segments):
-  x, taps, bias, state = inputs(channels)
-  segment_BL = SEGMENTS if segments == "documents" else np.ones((B, L), int)
-  given = jnp.asarray(segment_BL) if segments == "documents" else None
-  want = by_position(x, taps, bias, segment_BL, state)
-  got = causal_conv(x, taps, bias, segment_BL=given, state=state)
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-  plain = causal_conv(x, taps, None, segment_BL=given)
-  want = by_position(x, taps, np.zeros(channels), segment_BL, np.zeros_like(state))
-  np.testing.assert_allclose(plain, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("channels", CHANNELS.values(), ids=CHANNELS)
+def test_the_convolution_is_a_loop_over_taps_of_the_same_run(channels):
+  x_BL, taps_W, bias, segment_BL, state = make(channels)
+  y_BL = jax.jit(causal_conv)(x_BL, taps_W, bias, segment_BL=segment_BL, state=state)
+  np.testing.assert_allclose(y_BL, loop(x_BL, taps_W, bias, segment_BL, state), atol=2e-6)
 
 
-def test_its_backward_is_the_gradient():
-  # Float64 finite differences through the loop, along one random direction for each argument.
-  arguments = inputs((2, 3))
+@pytest.mark.parametrize("width", [1, 2, 17])
+def test_any_number_of_taps_works_also_more_than_tokens(width):
+  x_BL, taps_W, bias, segment_BL, state = make((3, 5), width=width)
+  y_BL = causal_conv(x_BL, taps_W, bias, segment_BL=segment_BL, state=state)
+  np.testing.assert_allclose(y_BL, loop(x_BL, taps_W, bias, segment_BL, state), atol=4e-6)
+
+
+def test_left_out_arguments_are_zeros_and_one_segment():
+  x_BL, taps_W, bias, segment_BL, state = make((2, 5))
+  plain = causal_conv(x_BL, taps_W, None)
+  zeros = loop(x_BL, taps_W, 0 * bias, 0 * segment_BL, 0 * state)
+  np.testing.assert_allclose(plain, zeros, atol=2e-6)
+
+
+def test_gradients_are_the_slopes_of_the_loop():
+  x_BL, taps_W, bias, segment_BL, state = make((2, 5))
   rng = np.random.default_rng(1)
-  cotangent = rng.normal(size=(B, L, 2, 3))
+  weight = rng.standard_normal(x_BL.shape)
 
-  def value(*arrays):
-    return float((by_position(*arrays[:3], SEGMENTS, arrays[3]) * cotangent).sum())
+  def loss(x_BL, taps_W, bias, state):
+    return jnp.sum(weight * causal_conv(x_BL, taps_W, bias, segment_BL=segment_BL, state=state))
 
-  def loss(*arrays):
-    y = causal_conv(*arrays[:3], segment_BL=jnp.asarray(SEGMENTS), state=arrays[3])
-    return jnp.sum(y * jnp.asarray(cotangent, jnp.float32))
+  floats = [x_BL, taps_W, bias, state]
+  slopes = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*floats)
+  for i, slope in enumerate(slopes):
+    direction = rng.standard_normal(floats[i].shape)
 
-  gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(*arguments)
-  exact = [np.asarray(a, np.float64) for a in arguments]
-  for index, gradient in enumerate(gradients):
-    along = rng.normal(size=exact[index].shape)
-    ahead, behind = (
-      value(*[a + sign * 0.5 * along if i == index else a for i, a in enumerate(exact)])
-      for sign in (1, -1)
-    )
-    # The loop is linear in each argument: the difference is the derivative.
-    assert float((np.asarray(gradient) * along).sum()) == pytest.approx(ahead - behind, rel=1e-4)
+    def moved(step, i=i, direction=direction):
+      arrays = [np.asarray(v, np.float64) for v in floats]
+      arrays[i] = arrays[i] + step * direction
+      x_BL, taps_W, bias, state = arrays
+      return np.sum(weight * loop(x_BL, taps_W, bias, np.asarray(segment_BL), state))
 
-
-def test_two_halves_with_the_state_handed_over_equal_one_pass():
-  x, taps, bias, state = inputs((2, 3))
-  segment_BL = jnp.asarray(SEGMENTS)
-  whole = causal_conv(x, taps, bias, segment_BL=segment_BL, state=state)
-  # Rows 1 and 2 go on within their document at position 9.
-  first = causal_conv(x[1:, :9], taps, bias, segment_BL=segment_BL[1:, :9], state=state[1:])
-  after = x[1:, 9 - (W - 1) : 9]
-  second = causal_conv(x[1:, 9:], taps, bias, segment_BL=segment_BL[1:, 9:], state=after)
-  np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole[1:], rtol=1e-5, atol=1e-6)
+    want = (moved(1e-4) - moved(-1e-4)) / 2e-4
+    assert np.sum(slope * direction) == pytest.approx(want, rel=1e-5)
 
 
-def test_packed_documents_equal_the_same_documents_one_by_one():
-  x, taps, bias, _ = inputs((5,))
-  packed = causal_conv(x[:1], taps, bias, segment_BL=jnp.asarray(SEGMENTS[:1]))
-  for start, stop in ((0, 5), (5, 6), (6, 17)):
-    alone = causal_conv(x[:1, start:stop], taps, bias)
-    np.testing.assert_allclose(packed[:, start:stop], alone, rtol=1e-5, atol=1e-6)
+def test_bfloat16_loses_only_the_rounding_of_inputs_and_result():
+  x_BL, taps_W, bias, segment_BL, state = make((2, 5))
+  x_BL, taps_W, state = (v.astype(jnp.bfloat16) for v in (x_BL, taps_W, state))
+  y_BL = causal_conv(x_BL, taps_W, bias, segment_BL=segment_BL, state=state)
+  assert y_BL.dtype == jnp.bfloat16
+  want = loop(x_BL, taps_W, bias, segment_BL, state)
+  np.testing.assert_allclose(np.float64(y_BL), want, rtol=2**-8, atol=1e-6)
+  slope = jax.grad(lambda v: jnp.sum(causal_conv(v, taps_W, bias)))(x_BL)
+  assert slope.dtype == jnp.bfloat16
 
 
-def test_bfloat16_in_gives_bfloat16_out_near_the_float32_result():
-  x, taps, bias, _ = inputs((5,), jnp.bfloat16)
-  got = causal_conv(x, taps, bias)
-  assert got.dtype == jnp.bfloat16
-  want = causal_conv(*(a.astype(jnp.float32) for a in (x, taps, bias)))
-  np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-7, atol=2**-7)
+def test_a_convolution_in_two_halves_is_the_convolution_in_one():
+  x_BL, taps_W, bias, segment_BL, state = make((2, 5))
+  cut = 6
+  segment_BL = segment_BL.at[:, cut - W + 1 : cut + 1].set(7)
+  y_BL = causal_conv(x_BL, taps_W, bias, segment_BL=segment_BL, state=state)
+  first = causal_conv(x_BL[:, :cut], taps_W, bias, segment_BL=segment_BL[:, :cut], state=state)
+  second = causal_conv(
+    x_BL[:, cut:], taps_W, bias, segment_BL=segment_BL[:, cut:], state=x_BL[:, cut - W + 1 : cut]
+  )
+  np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), y_BL, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "change, message",
-  [
-    ({"x": (B, 0, 5)}, "0 tokens"),
-    ({"taps": (W, 6)}, "taps has shape"),
-    ({"bias": (6,)}, "bias has shape"),
-    ({"segment_BL": (B, L + 1)}, "segment_BL has shape"),
-    ({"state": (B, W, 5)}, "state has shape"),
-  ],
-)
-def test_sizes_that_do_not_fit_are_named(change, message):
-  shapes = {"x": (B, L, 5), "taps": (W, 5), "bias": (5,), "state": (B, W - 1, 5)}
-  shapes |= {"segment_BL": (B, L)} | change
-  made = {name: jnp.zeros(s, jnp.int32 if name == "segment_BL" else jnp.float32)
-          for name, s in shapes.items()}
-  inner = getattr(causal_conv, "__wrapped__", causal_conv)
-  with pytest.raises((ValueError, TypeError), match=f"{message}|shape|Type-check"):
-    inner(made.pop("x"), made.pop("taps"), made.pop("bias"), **made)
+def test_later_tokens_never_change_earlier_outputs():
+  x_BL, taps_W, bias, _, _ = make((2, 5))
+  at = 8
+  slope = jax.grad(lambda x: jnp.sum(causal_conv(x, taps_W, bias)[:, at]))(x_BL)
+  reached_L = np.flatnonzero(np.abs(slope).sum(axis=(0, 2, 3)))
+  assert reached_L.tolist() == list(range(at - W + 1, at + 1))
+
+
+def test_packed_documents_give_what_each_gives_alone():
+  x_BL, taps_W, bias, _, _ = make((2, 5))
+  edges = [0, 1, 3, 8, L]
+  row_L = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.diff(jnp.array(edges)), total_repeat_length=L)
+  y_BL = causal_conv(x_BL, taps_W, bias, segment_BL=jnp.broadcast_to(row_L, (B, L)))
+  for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    alone = causal_conv(x_BL[:, start:stop], taps_W, bias)
+    np.testing.assert_allclose(y_BL[:, start:stop], alone, atol=1e-6)
+
+
+BAD = {
+  "taps": ({"taps_W": np.ones((4, 2, 6))}, r"taps has shape \(4, 2, 6\).* ask for \(4, 2, 5\)"),
+  "bias": ({"bias": np.ones((5, 2))}, "bias has shape"),
+  "segments": ({"segment_BL": np.ones((3, 12), np.int32)}, "segment_BL has shape"),
+  "state": ({"state": np.ones((3, 4, 2, 5))}, r"state has shape .* ask for \(3, 3, 2, 5\)"),
+  "nothing": ({"x_BL": np.ones((3, 0, 2, 5))}, "sequence of 0 tokens in causal_conv"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(case, monkeypatch):
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  x_BL, taps_W, bias, _, _ = make((2, 5))
+  changes, message = BAD[case]
+  with pytest.raises(ValueError, match=message) as caught:
+    causal_conv(**({"x_BL": x_BL, "taps_W": taps_W, "bias": bias} | changes))
+  assert "\n" not in str(caught.value)

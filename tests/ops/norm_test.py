@@ -1,4 +1,4 @@
-"""Norms against their formulas in float64, and masked inputs against cut ones."""
+"""The laws of the norms: the formula, and that a masked input equals a cut one."""
 
 import jax
 import jax.numpy as jnp
@@ -7,77 +7,139 @@ import pytest
 
 from hybridlm.ops import norm
 
+B, L, D, G, H, P = 2, 7, 16, 2, 4, 6
 EPS = 1e-5
-SCALES = (1.0, 1e-3)  # at 1e-3 the mean square is below eps: a wrong count cannot hide
-KEPT = np.array([0, 2, 3, 7, 8])
+# 0.003 makes the mean of squares as small as eps; the offset makes the mean large.
+SCALES = {"usual": (1.0, 0.0), "tiny": (0.003, 0.0), "far": (1.0, 30.0)}
+KEPT_D = np.array([0, 1, 3, 4, 7, 8, 12, 13, 15])
 
 
-def draw(*shape, scale=1.0):
-  """Returns standard normal numbers times a scale."""
-  return jnp.asarray(scale * np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+def draw(*shape, seed=0, scale=1.0, offset=0.0, dtype=jnp.float32):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(scale * rng.standard_normal(shape) + offset, dtype)
 
 
-def test_they_equal_their_formulas():
-  x, gain, bias = draw(3, 7, 11), draw(11), draw(1, 11)[0]
-  x64, gain64, bias64 = (np.asarray(a, np.float64) for a in (x, gain, bias))
-  rms = x64 / np.sqrt(np.square(x64).mean(-1, keepdims=True) + EPS) * gain64
-  np.testing.assert_allclose(norm.rms_norm(x, gain, eps=EPS), rms, rtol=2e-5, atol=1e-6)
-  centred = x64 - x64.mean(-1, keepdims=True)
-  layer = centred / np.sqrt(x64.var(-1, keepdims=True) + EPS) * gain64 + bias64
-  np.testing.assert_allclose(norm.layer_norm(x, gain, bias, eps=EPS), layer, rtol=2e-5, atol=1e-5)
+def mask(array, keep, axis=-1):
+  """Returns `array` with zeros where its index on `axis` is not in `keep`."""
+  kept = np.isin(np.arange(array.shape[axis]), keep)
+  shape = [1] * array.ndim
+  shape[axis] = -1
+  return jnp.where(kept.reshape(shape), array, 0)
 
 
-def test_the_gate_comes_before_the_norm_and_groups_stay_apart():
-  y, z, gain = draw(2, 3, 2, 4, 6), draw(2, 3, 2, 4, 6)[::-1], draw(2, 4, 6)
-  y64, z64, gain64 = (np.asarray(a, np.float64) for a in (y, z, gain))
-  gated = y64 * z64 / (1 + np.exp(-z64))
-  want = gated / np.sqrt(np.square(gated).mean((-2, -1), keepdims=True) + EPS) * gain64
-  np.testing.assert_allclose(norm.gated_rms_norm(y, z, gain, eps=EPS), want, rtol=2e-5, atol=1e-5)
+def rms(x, gain):
+  x = np.asarray(x, np.float64)
+  return np.asarray(gain) * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + EPS)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", ["rms", "layer"])
-def test_masked_entries_and_a_count_give_the_cut_norm(name, scale):
-  x, gain, bias = draw(3, 7, 11, scale=scale) + scale, draw(11), draw(1, 11)[0]
-  gone = np.setdiff1d(np.arange(11), KEPT)
-  masked = [a.at[..., gone].set(0.0) for a in (x, gain, bias)]
-  cut = [a[..., KEPT] for a in (x, gain, bias)]
-  call = norm.rms_norm if name == "rms" else norm.layer_norm
-  count = {"rms": 2, "layer": 3}[name]
-  got = call(*masked[:count], eps=EPS, count=jnp.float32(len(KEPT)))
-  want = call(*cut[:count], eps=EPS)
-  np.testing.assert_allclose(got[..., KEPT], want, rtol=1e-5, atol=1e-6)
-  np.testing.assert_array_equal(got[..., gone], 0.0)
-  wrong = call(*masked[:count], eps=EPS)[..., KEPT]
-  assert float(jnp.abs(wrong - want).max()) > 1e-3
+def standard(x, gain, bias):
+  x = np.asarray(x, np.float64)
+  x = x - x.mean(axis=-1, keepdims=True)
+  return np.asarray(gain) * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + EPS) + np.asarray(bias)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_gated_norm_counts_what_is_left_of_each_group(scale):
-  y, z, gain = draw(2, 3, 2, 4, 6, scale=scale), draw(2, 3, 2, 4, 6)[::-1], draw(2, 4, 6)
-  stays = np.zeros((2, 4, 6), bool)
-  stays[0, [0, 2], 1:], stays[1, [1, 3], 1:] = True, True
-  masked = [jnp.where(stays, a, 0.0) for a in (y, z, gain)]
-  count_G = jnp.full(2, 10.0)
-  got = norm.gated_rms_norm(*masked, eps=EPS, count_G=count_G)
-  for group, heads in ((0, [0, 2]), (1, [1, 3])):
-    cut = [a[..., group : group + 1, heads, 1:] for a in (y, z)]
-    want = norm.gated_rms_norm(*cut, gain[group : group + 1, heads, 1:], eps=EPS)
-    np.testing.assert_allclose(
-      got[..., group, heads, 1:], want[..., 0, :, :], rtol=1e-5, atol=1e-6
-    )
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_norms_follow_their_formula(scale):
+  x_BLD = draw(B, L, D, scale=scale[0], offset=scale[1])
+  gain_D, bias_D = draw(D, seed=1), draw(D, seed=2)
+  np.testing.assert_allclose(
+    norm.rms_norm(x_BLD, gain_D, eps=EPS), rms(x_BLD, gain_D), rtol=2e-6, atol=2e-6
+  )
+  np.testing.assert_allclose(
+    norm.layer_norm(x_BLD, gain_D, bias_D, eps=EPS), standard(x_BLD, gain_D, bias_D), atol=2e-5
+  )
 
 
-def test_statistics_are_float32_whatever_comes_in():
-  # Squares of these underflow or lose all digits in bfloat16's sum.
-  x = jnp.full((1, 4096), 3.0, jnp.bfloat16)
-  got = norm.rms_norm(x, jnp.ones(4096), eps=EPS)
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_a_masked_input_with_its_count_gives_what_the_cut_input_gives(scale):
+  x_BLD = draw(B, L, D, scale=scale[0], offset=scale[1])
+  # A survivor that happens to be zero still counts.
+  x_BLD = x_BLD.at[:, :, KEPT_D[2]].set(0)
+  gain_D, bias_D = draw(D, seed=1), draw(D, seed=2)
+  masked = [mask(v, KEPT_D) for v in (x_BLD, gain_D, bias_D)]
+  cut = [v[..., KEPT_D] for v in (x_BLD, gain_D, bias_D)]
+  count = jnp.float32(len(KEPT_D))
+  got = norm.rms_norm(*masked[:2], eps=EPS, count=count)
+  np.testing.assert_allclose(got[..., KEPT_D], norm.rms_norm(*cut[:2], eps=EPS), rtol=1e-6)
+  assert not np.any(np.delete(got, KEPT_D, axis=-1))
+  got = norm.layer_norm(*masked, eps=EPS, count=count)
+  want = norm.layer_norm(*cut, eps=EPS)
+  np.testing.assert_allclose(got[..., KEPT_D], want, rtol=1e-5, atol=4e-6)
+  assert not np.any(np.delete(got, KEPT_D, axis=-1))
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_the_gated_norm_of_masked_heads_and_channels_is_that_of_the_cut_ones(scale):
+  y_BLGHP = draw(B, L, G, H, P, scale=scale[0], offset=scale[1])
+  z_BLGHP, gain_GHP = draw(B, L, G, H, P, seed=1), draw(G, H, P, seed=2)
+  keep_H, keep_P = np.array([0, 1, 3]), np.array([1, 2, 4, 5])
+
+  def masked(array):
+    return mask(mask(array, keep_H, -2), keep_P, -1)
+
+  def cut(array):
+    return array[..., keep_H, :][..., keep_P]
+
+  # z is not masked: silu(z) meets a zero of y.
+  count_G = jnp.full(G, float(len(keep_H) * len(keep_P)))
+  got = norm.gated_rms_norm(masked(y_BLGHP), z_BLGHP, masked(gain_GHP), eps=EPS, count_G=count_G)
+  want = norm.gated_rms_norm(cut(y_BLGHP), cut(z_BLGHP), cut(gain_GHP), eps=EPS)
+  np.testing.assert_allclose(cut(got), want, rtol=2e-6, atol=1e-6)
+  np.testing.assert_array_equal(got, masked(got))
+
+
+def test_the_gate_comes_before_the_norm_and_groups_do_not_mix():
+  y_BLGHP, z_BLGHP = draw(B, L, G, H, P), draw(B, L, G, H, P, seed=1)
+  gain_GHP = draw(G, H, P, seed=2)
+  got = norm.gated_rms_norm(y_BLGHP, z_BLGHP, gain_GHP, eps=EPS)
+  z = np.asarray(z_BLGHP, np.float64)
+  gated = np.asarray(y_BLGHP) * z / (1 + np.exp(-z))
+  for g in range(G):
+    want = rms(gated[:, :, g].reshape(B, L, H * P), gain_GHP[g].reshape(H * P))
+    np.testing.assert_allclose(got[:, :, g].reshape(B, L, H * P), want, rtol=4e-6, atol=1e-6)
+
+
+def test_a_different_count_in_each_group_reaches_its_own_group():
+  y_BLGHP, z_BLGHP = draw(B, L, G, H, P), draw(B, L, G, H, P, seed=1)
+  gain_GHP = jnp.ones((G, H, P))
+  plain = norm.gated_rms_norm(y_BLGHP, z_BLGHP, gain_GHP, eps=0.0)
+  count_G = jnp.array([H * P, H * P / 4])
+  counted = norm.gated_rms_norm(y_BLGHP, z_BLGHP, gain_GHP, eps=0.0, count_G=count_G)
+  np.testing.assert_allclose(counted[:, :, 0], plain[:, :, 0], rtol=1e-6)
+  np.testing.assert_allclose(counted[:, :, 1], plain[:, :, 1] / 2, rtol=1e-6)
+
+
+def test_bfloat16_inputs_are_normed_in_float32():
+  # 300 and its neighbours round to the same bfloat16 when squared there.
+  x_D = jnp.array([300.0, 302.0, -298.0, 296.0], jnp.bfloat16)
+  gain_D = jnp.array([1.0, 0.5, 2.0, 1.5], jnp.float32)
+  got = norm.rms_norm(x_D, gain_D, eps=EPS)
   assert got.dtype == jnp.bfloat16
-  np.testing.assert_allclose(got.astype(jnp.float32), 1.0, rtol=2**-8)
+  np.testing.assert_array_equal(got, jnp.asarray(rms(x_D, gain_D), jnp.bfloat16))
+  bias_D = jnp.zeros(4)
+  got = norm.layer_norm(x_D[:2], gain_D[:2], bias_D[:2], eps=EPS)
+  np.testing.assert_array_equal(got, jnp.array([-1.0, 0.5], jnp.bfloat16))
+  y_BLGHP = draw(B, L, G, H, P, dtype=jnp.bfloat16)
+  gated = norm.gated_rms_norm(y_BLGHP, y_BLGHP, jnp.ones((G, H, P)), eps=EPS)
+  assert gated.dtype == jnp.bfloat16
 
 
-def test_gradients_of_a_row_of_zeros_are_finite():
-  for call, extra in ((norm.rms_norm, ()), (norm.layer_norm, (jnp.zeros(5),))):
-    gradient = jax.grad(lambda x, call=call, extra=extra: call(
-      x, jnp.ones(5), *extra, eps=EPS, count=jnp.float32(3)).sum())(jnp.zeros(5))
-    assert bool(jnp.isfinite(gradient).all())
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_count_that_is_traced_gives_one_program_for_all_counts(kind):
+  x_BLD, gain_D, bias_D = draw(B, L, D), draw(D, seed=1), draw(D, seed=2)
+  compiled = []
+
+  @jax.jit
+  def run(x_BLD, count):
+    compiled.append(kind)
+    if kind == "rms":
+      return norm.rms_norm(x_BLD, gain_D, eps=EPS, count=count)
+    return norm.layer_norm(x_BLD, gain_D, bias_D, eps=EPS, count=count)
+
+  for size in (9, 12):
+    keep = np.arange(size)
+    cut = x_BLD[..., :size]
+    got = run(mask(x_BLD, keep), jnp.float32(size))[..., :size]
+    want = rms(cut, gain_D[:size]) if kind == "rms" else standard(cut, gain_D[:size], bias_D[:size])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  assert compiled == [kind]
