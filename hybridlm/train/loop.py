@@ -76,7 +76,7 @@ def run(
   plan = _Plan(
     steps, None if workdir is None else pathlib.Path(workdir), dict(config or {}), validate,
     log_every, validate_every, save_every, keep, progress,
-  )  # fmt: skip
+  )
   _check(plan)
   states.check_apart(state, frozen)
   state, history = _resume(state, data, plan)
@@ -209,7 +209,7 @@ def _summary(params, waiting: list[_Done], clock: float, *, fresh: bool) -> metr
     "weight": math.fsum(weights),
     "tokens_per_second": math.fsum(weights) / seconds,
     **times,
-  }  # fmt: skip
+  }
 
 
 def _blame(params, value: Mapping[str, Any]) -> str:
