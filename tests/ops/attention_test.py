@@ -176,8 +176,10 @@ def test_no_array_is_as_large_as_queries_times_keys_or_repeats_the_keys(window):
     return jnp.sum(jnp.sin(out))
 
   held = programs.shapes(jax.grad(loss, argnums=(0, 1, 2)), q_BLKJE, k_BSKE, v_BSKE)
-  wide = 64 if window is None else 8 + window - 1
-  assert (B, K, 8, J, wide) in held
+  # A quarter of the queries at a time, so that early ones skip late keys; or a window's keys.
+  sizes = (16, 32, 48, 64) if window is None else (8 + window - 1,)
+  assert all((B, K, 8, J, size) in held for size in sizes)
+  wide = sizes[-1]
   for shape in held:
     assert shape.count(64) <= 1, shape
     assert int(np.prod(shape)) <= B * K * J * 8 * max(wide, 8 * E), shape

@@ -119,9 +119,12 @@ def test_bfloat16_inputs_are_normed_in_float32():
   bias_D = jnp.zeros(4)
   got = norm.layer_norm(x_D[:2], gain_D[:2], bias_D[:2], eps=EPS)
   np.testing.assert_array_equal(got, jnp.array([-1.0, 0.5], jnp.bfloat16))
-  y_BLGHP = draw(B, L, G, H, P, dtype=jnp.bfloat16)
-  gated = norm.gated_rms_norm(y_BLGHP, y_BLGHP, jnp.ones((G, H, P)), eps=EPS)
-  assert gated.dtype == jnp.bfloat16
+  y_BLGHP, z_BLGHP = (draw(B, L, G, H, P, seed=seed, dtype=jnp.bfloat16) for seed in (0, 1))
+  gain_GHP = draw(G, H, P, seed=2)
+  got = norm.gated_rms_norm(y_BLGHP, z_BLGHP, gain_GHP, eps=EPS)
+  wide = (v.astype(jnp.float32) for v in (y_BLGHP, z_BLGHP))
+  wide = norm.gated_rms_norm(*wide, gain_GHP, eps=EPS)
+  np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
