@@ -1,5 +1,6 @@
 """The laws of attention, against dense attention in float64, and of rotary positions."""
 
+import functools
 import itertools
 
 import jax
@@ -54,6 +55,7 @@ def dense(q_BLKJE, k_BSKE, v_BSKE, segment_BS=None, *, window=None, scale=None, 
   return np.einsum("bkjls,bske->blkje", weight / weight.sum(axis=-1, keepdims=True), v)
 
 
+@functools.partial(jax.jit, static_argnames=("window", "scale", "block"))
 def segmented(arrays, **options):
   """Returns `attend` of what `make` returns."""
   q_BLKJE, k_BSKE, v_BSKE, segment_BS = arrays
@@ -61,10 +63,16 @@ def segmented(arrays, **options):
   return attend(q_BLKJE, k_BSKE, v_BSKE, segment_BL=queries, segment_BS=segment_BS, **options)
 
 
+@jax.jit
+def slope_of_queries(arrays):
+  """Returns the gradient of the summed output for the queries, in blocks of 8."""
+  return jax.grad(lambda q: jnp.sum(segmented((q, *arrays[1:]), block=8)))(arrays[0])
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_attention_is_dense_attention(options):
   arrays = make()
-  got = jax.jit(lambda arrays: segmented(arrays, **options))(arrays)
+  got = segmented(arrays, **options)
   np.testing.assert_allclose(got, dense(*arrays, **options), atol=2e-6)
 
 
@@ -106,7 +114,7 @@ def test_large_logits_neither_overflow_nor_lose_the_largest():
   q_BLKJE, k_BSKE, v_BSKE, segment_BS = make()
   arrays = 100 * q_BLKJE, k_BSKE, v_BSKE, segment_BS
   np.testing.assert_allclose(segmented(arrays, block=8), dense(*arrays), atol=2e-5)
-  slopes = jax.grad(lambda q: jnp.sum(segmented((q, *arrays[1:]), block=8)))(arrays[0])
+  slopes = slope_of_queries(arrays)
   assert np.all(np.isfinite(slopes))
 
 
@@ -115,7 +123,7 @@ def test_bfloat16_inputs_have_a_float32_softmax():
   got = segmented(arrays, block=8)
   assert got.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.float64(got), dense(*arrays), atol=2**-7)
-  slopes = jax.grad(lambda q: jnp.sum(segmented((q, *arrays[1:]), block=8)))(arrays[0])
+  slopes = slope_of_queries(arrays)
   assert slopes.dtype == jnp.bfloat16
 
 
@@ -123,6 +131,7 @@ def test_a_query_that_sees_no_key_returns_zero_and_moves_nothing():
   q_BLKJE, k_BSKE, v_BSKE, segment_BS = make()
   segment_BL = segment_BS[:, -L:].at[:, 11].set(99)
 
+  @jax.jit
   def run(k_BSKE):
     return attend(q_BLKJE, k_BSKE, v_BSKE, segment_BL=segment_BL, segment_BS=segment_BS, block=8)
 
@@ -155,7 +164,7 @@ def test_packed_documents_give_what_each_gives_alone():
   packed = attend(q_BLKJE, k_BSKE, v_BSKE, segment_BL=segment_BL, block=8)
   for start, stop in itertools.pairwise(edges):
     span = slice(start, stop)
-    alone = attend(q_BLKJE[:, span], k_BSKE[:, span], v_BSKE[:, span])
+    alone = jax.jit(attend)(q_BLKJE[:, span], k_BSKE[:, span], v_BSKE[:, span])
     np.testing.assert_allclose(packed[:, span], alone, atol=2e-6)
 
 
