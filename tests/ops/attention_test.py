@@ -301,6 +301,7 @@ def test_bad_input_is_refused_in_one_line(case, monkeypatch):
   ("changes", "message"),
   [
     ({"rotary": 5}, "rotary 5 is not an even number of the 10 channels"),
+    ({"rotary": -2}, "rotary -2 is not an even number of the 10 channels"),
     ({"rotary": 12}, "rotary 12 is not an even number of the 10 channels"),
     ({"frequency": jnp.ones(4)}, r"frequency has shape \(4,\), not \(3,\) for rotary 6"),
   ],

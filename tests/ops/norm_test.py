@@ -127,6 +127,17 @@ def test_bfloat16_inputs_are_normed_in_float32():
   np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
 
 
+def test_gradients_of_a_row_of_zeros_are_finite():
+  def rms_norm(x_D):
+    return jnp.sum(norm.rms_norm(x_D, jnp.ones(5), eps=EPS, count=jnp.float32(3)))
+
+  def layer_norm(x_D):
+    return jnp.sum(norm.layer_norm(x_D, jnp.ones(5), jnp.ones(5), eps=EPS, count=jnp.float32(3)))
+
+  for run in (rms_norm, layer_norm):
+    assert np.all(np.isfinite(jax.grad(run)(jnp.zeros(5))))
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_a_count_that_is_traced_gives_one_program_for_all_counts(kind):
   x_BLD, gain_D, bias_D = draw(B, L, D), draw(D, seed=1), draw(D, seed=2)
