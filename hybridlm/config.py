@@ -3,11 +3,26 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from hybridlm import axes
+from hybridlm.blocks import (
+  KINDS,
+  Attention,
+  Block,
+  Llama3Scaling,
+  Mamba,
+  Mlp,
+  Rope,
+  one_of,
+  positive,
+)
 
-ACTIVATIONS = ("relu2", "swiglu")
+__all__ = [
+  "KINDS", "PRESETS", "Attention", "Block", "Llama3Scaling", "Mamba", "Mlp", "ModelConfig", "Rope",
+  "block_name", "check", "leaf_names", "parameters", "shapes",
+]  # the block kinds are part of the config: import them from here
+
 NORMS = ("rmsnorm", "layernorm1p")
 REMATS = ("none", "block")
 DTYPES = ("float32", "bfloat16")
@@ -15,122 +30,6 @@ DTYPES = ("float32", "bfloat16")
 SCANS = ("reference", "chunked")
 ATTENTIONS = ("xla", "cudnn", "splash")
 CHUNK = 128
-
-
-def _positive(owner: str, **sizes: Any) -> None:
-  for name, value in sizes.items():
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"{owner}: {name}={value!r} must be a whole number of at least 1")
-
-
-def _one_of(owner: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-  if value not in allowed:
-    raise ValueError(f"{owner}: {name}={value!r} is not one of {', '.join(allowed)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-  """Rotary positions over the first `rotary` channels of a head (None: all of them)."""
-
-  base: float = 10000.0
-  rotary: int | None = None
-
-  def __post_init__(self):
-    if not self.base > 0:
-      raise ValueError(f"Rope: base={self.base!r} must be positive")
-    if self.rotary is not None and (self.rotary < 2 or self.rotary % 2):
-      raise ValueError(f"Rope: rotary={self.rotary!r} must be an even number of at least 2")
-
-
-@dataclasses.dataclass(frozen=True)
-class Mamba:
-  """A Mamba-2 mixer: G groups of H heads of P channels, state N, convolution of W taps.
-
-  `dt_limits` clips the step size after softplus, the same in prefill and decode.
-  """
-
-  G: int
-  H: int
-  P: int
-  N: int
-  W: int = 4
-  conv_bias: bool = True
-  dt_limits: tuple[float, float] = (0.0, math.inf)
-  symbol: ClassVar[str] = "M"
-  axes: ClassVar[str] = "GHPNW"
-
-  def __post_init__(self):
-    _positive("Mamba", G=self.G, H=self.H, P=self.P, N=self.N, W=self.W)
-    if not isinstance(self.dt_limits, tuple) or len(self.dt_limits) != 2:
-      raise ValueError(f"Mamba: dt_limits={self.dt_limits!r} must be a pair, as a tuple")
-    low, high = self.dt_limits
-    if not 0 <= low < high:
-      raise ValueError(f"Mamba: dt_limits={self.dt_limits!r} must satisfy 0 <= low < high")
-
-  @property
-  def leaves(self) -> tuple[str, ...]:
-    """Names of the leaves of this mixer, axes included."""
-    names = (
-      "w_z_DGHP w_x_DGHP w_b_DGN w_c_DGN w_dt_DGH conv_x_WGHP conv_b_WGN conv_c_WGN "
-      "dt_bias_GH a_log_GH skip_GH gate_gain_GHP w_out_GHPD"
-    ).split()
-    bias = ["conv_bias_x_GHP", "conv_bias_b_GN", "conv_bias_c_GN"] if self.conv_bias else []
-    return (*names, *bias)
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-  """Causal grouped-query attention: K key-value heads, J queries for each, width E."""
-
-  K: int
-  J: int
-  E: int
-  window: int | None = None
-  rope: Rope | None = None
-  bias: bool = False
-  symbol: ClassVar[str] = "*"
-  axes: ClassVar[str] = "KJE"
-
-  def __post_init__(self):
-    _positive("Attention", K=self.K, J=self.J, E=self.E)
-    if self.window is not None:
-      _positive("Attention", window=self.window)
-    rotary = self.rope.rotary or self.E if self.rope else 2
-    if rotary > self.E or rotary % 2:
-      raise ValueError(f"Attention: {rotary} rotary channels do not fit a head of width E={self.E}")
-
-  @property
-  def leaves(self) -> tuple[str, ...]:
-    """Names of the leaves of this mixer, axes included."""
-    bias = ("b_q_KJE", "b_k_KE", "b_v_KE", "b_o_D") if self.bias else ()
-    return ("w_q_DKJE", "w_k_DKE", "w_v_DKE", "w_o_KJED", *bias)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mlp:
-  """A feed-forward layer of width F: squared ReLU, or SwiGLU (a second, gating projection)."""
-
-  F: int
-  activation: str = "relu2"
-  bias: bool = False
-  symbol: ClassVar[str] = "-"
-  axes: ClassVar[str] = "F"
-
-  def __post_init__(self):
-    _positive("Mlp", F=self.F)
-    _one_of("Mlp", "activation", self.activation, ACTIVATIONS)
-
-  @property
-  def leaves(self) -> tuple[str, ...]:
-    """Names of the leaves of this layer, axes included."""
-    gated = self.activation == "swiglu"
-    gate = ("w_gate_DF",) if gated else ()
-    bias = ("b_up_F", "b_down_D") + (("b_gate_F",) if gated else ()) if self.bias else ()
-    return ("w_up_DF", "w_down_FD", *gate, *bias)
-
-
-Block = Mamba | Attention | Mlp
-KINDS: Mapping[str, type] = {kind.symbol: kind for kind in (Mamba, Attention, Mlp)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +43,7 @@ class ModelConfig:
     norm: "rmsnorm" or "layernorm1p" (gains are stored as the factor applied, 1 + w).
     eps: added to the mean square inside every norm.
     tied: whether the head is the transposed embedding.
+    context: positions the model was made for; None: any number.
     vocabulary: real tokens; rows from there to V are padding and never predicted. None: all V.
     dtype: compute dtype; parameters are float32, and so is what must be (norms, scans, losses).
     remat: "block" recomputes each block in the backward pass; "none" keeps its activations.
@@ -159,6 +59,7 @@ class ModelConfig:
   norm: str = "rmsnorm"
   eps: float = 1e-5
   tied: bool = False
+  context: int | None = None
   vocabulary: int | None = None
   dtype: str = "float32"
   remat: str = "none"
@@ -168,17 +69,18 @@ class ModelConfig:
   attention: str | None = None
 
   def __post_init__(self):
-    _positive("ModelConfig", V=self.V, D=self.D)
+    positive("ModelConfig", V=self.V, D=self.D)
     if not self.blocks or not isinstance(self.blocks, tuple):
       raise ValueError(f"ModelConfig: blocks={self.blocks!r} must be a tuple of at least one block")
-    if self.chunk is not None:
-      _positive("ModelConfig", chunk=self.chunk)
+    for name in ("chunk", "context"):
+      if getattr(self, name) is not None:
+        positive("ModelConfig", **{name: getattr(self, name)})
     for name, allowed in (("ssd", SCANS), ("attention", ATTENTIONS)):
       if getattr(self, name) is not None:
-        _one_of("ModelConfig", name, getattr(self, name), allowed)
-    _one_of("ModelConfig", "norm", self.norm, NORMS)
-    _one_of("ModelConfig", "dtype", self.dtype, DTYPES)
-    _one_of("ModelConfig", "remat", self.remat, REMATS)
+        one_of("ModelConfig", name, getattr(self, name), allowed)
+    one_of("ModelConfig", "norm", self.norm, NORMS)
+    one_of("ModelConfig", "dtype", self.dtype, DTYPES)
+    one_of("ModelConfig", "remat", self.remat, REMATS)
     if not self.eps > 0 or not self.init_std > 0:
       raise ValueError(f"ModelConfig: eps={self.eps} and init_std={self.init_std} must be positive")
     if self.vocabulary is not None and not 1 <= self.vocabulary <= self.V:
@@ -290,7 +192,10 @@ def _block_from_dict(index: int, plain: Mapping[str, Any]) -> Block:
   if "dt_limits" in fields:
     fields["dt_limits"] = tuple(float(limit) for limit in fields["dt_limits"])
   if fields.get("rope") is not None:
-    fields["rope"] = Rope(**fields["rope"])
+    rope = dict(fields["rope"])
+    if rope.get("scaling") is not None:
+      rope["scaling"] = Llama3Scaling(**rope["scaling"])
+    fields["rope"] = Rope(**rope)
   return KINDS[symbol](**fields)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from cases import models
 from hybridlm import config
-from hybridlm.config import Mamba, Mlp, ModelConfig, Rope
+from hybridlm.config import Llama3Scaling, Mamba, Mlp, ModelConfig, Rope
 from hybridlm.ops import attention
 from hybridlm.ops.ssd import api as scans
 
@@ -36,7 +36,7 @@ def test_presets_are_exactly_the_published_family():
 
 @pytest.mark.parametrize("variant", models.VARIANTS)
 def test_a_config_survives_json(variant):
-  cfg = models.make(variant, dt_limits=(0.001, math.inf))
+  cfg = models.make(variant, dt_limits=(0.001, math.inf), context=99)
   assert ModelConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
@@ -109,3 +109,15 @@ def test_check_names_the_leaf_that_is_wrong():
     config.check(cfg, {key: value for key, value in params.items() if key != "head"})
   with pytest.raises(ValueError, match="hold 'extra/w_up_DF'"):
     config.check(cfg, {**params, "extra": {"w_up_DF": params["head"]["w_head_DV"]}})
+
+
+def test_a_stretched_rope_survives_json_and_slows_the_slow_pairs_only():
+  rope = Rope(base=500.0, scaling=Llama3Scaling(factor=8.0, low=1.0, high=4.0, context=64))
+  cfg = models.make(rope=rope)
+  assert ModelConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+  plain, slowed = Rope(base=500.0).frequencies(10), rope.frequencies(10)
+  assert slowed[0] == plain[0] and slowed[-1] == plain[-1] / 8  # 10 and 0.07 turns in 64 positions
+  turns = 64 * plain[1] / (2 * math.pi)  # 2.9: between
+  share = (turns - 1) / 3
+  assert 1 < turns < 4
+  assert slowed[1] == pytest.approx(plain[1] * (share + (1 - share) / 8))

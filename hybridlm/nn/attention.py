@@ -33,7 +33,8 @@ def mix(
     k_BLKE, v_BLKE = k_BLKE + cast["b_k_KE"], v_BLKE + cast["b_v_KE"]
   if block.rope is not None:
     position_L = jnp.arange(x_BLD.shape[1])
-    rope = {"base": block.rope.base, "rotary": block.rope.rotary or block.E}
+    frequency = jnp.asarray(block.rope.frequencies(block.E), jnp.float32)
+    rope = {"base": block.rope.base, "rotary": 2 * len(frequency), "frequency": frequency}
     q_BLKJE = rotate(q_BLKJE, position_L, **rope)
     k_BLKE = rotate(k_BLKE, position_L, **rope)
   head_BLKJE = attend(
