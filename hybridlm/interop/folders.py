@@ -1,0 +1,219 @@
+"""Folders of published files: what may be read in them, and how a new one is put in place."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+TOKENIZER_FILES = (
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+  "tokenizer.model", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)
+# Left in every folder we write: what we may replace, and which files in it are ours.
+MARK = ".hybridlm"
+JSON_LIMIT = 100 << 20
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def clip(value: Any) -> str:
+  """Returns a value as a message can show it: on one line, and short."""
+  if isinstance(value, int) and value.bit_length() > 256:
+    return f"a whole number of {value.bit_length()} bits"
+  text = repr(value[:60]) if isinstance(value, str) else repr(value)
+  return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def plain_file(folder: str | os.PathLike, name: Any) -> pathlib.Path:
+  """Returns the path of a file that a folder holds under a plain name.
+
+  Links may point to files of the same folder, and from a snapshot of the Hugging Face cache to
+  its `blobs`; no name or link leads elsewhere.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the name is a path, or the link leaves the folder.
+  """
+  folder = pathlib.Path(folder)
+  if not isinstance(name, str) or not name or name in (".", ".."):
+    raise ValueError(f"{folder}: {clip(name)} is not a file name")
+  if set(name) & {"/", "\\", "\0"} or not name.isprintable() or len(name) > 200:
+    raise ValueError(f"{folder}: {clip(name)} is not a plain file name inside the folder")
+  path = folder / name
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file")
+  home, real = folder.resolve(), path.resolve()
+  allowed = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
+  if not any(real.is_relative_to(place) for place in allowed):
+    raise ValueError(f"{path}: the link leaves the folder, to {real}")
+  return path
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) != len(pairs):
+    seen: set[str] = set()
+    twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    raise ValueError(f"the key {clip(twice)} stands there twice")
+  return found
+
+
+def parse_json(data: bytes, place: str) -> dict[str, Any]:
+  """Returns the object that UTF-8 JSON holds; `place` begins every message.
+
+  Raises:
+    ValueError: it is not UTF-8, not JSON, nested too deeply, repeats a key, or is no object.
+  """
+  try:
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+  except (ValueError, RecursionError) as error:
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
+    raise ValueError(f"{place}: not JSON: {reason}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{place}: holds {clip(value)}, not an object")
+  return value
+
+
+def read_json(folder: str | os.PathLike, name: str) -> dict[str, Any]:
+  """Returns the object that a JSON file of a folder holds.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is too large, or not a JSON object.
+  """
+  path = plain_file(folder, name)
+  if path.stat().st_size > JSON_LIMIT:
+    raise ValueError(f"{path}: {path.stat().st_size} bytes, more than the limit of {JSON_LIMIT}")
+  return parse_json(path.read_bytes(), str(path))
+
+
+def carry(source: str | os.PathLike, target: str | os.PathLike) -> tuple[str, ...]:
+  """Copies the tokenizer files that `source` holds into `target`, and returns their names.
+
+  Raises:
+    ValueError: one of them is a link that leaves its folder.
+  """
+  held = [name for name in TOKENIZER_FILES if (pathlib.Path(source) / name).is_file()]
+  for name in held:
+    shutil.copyfile(plain_file(source, name), pathlib.Path(target) / name)
+  return tuple(held)
+
+
+def check_tokenizer(folder: str | os.PathLike, V: int) -> None:
+  """Raises where `tokenizer.json` of a folder, if there is one, holds ids from V on.
+
+  Raises:
+    ValueError: names the largest id and V, or says that the file is damaged.
+  """
+  path = pathlib.Path(folder) / "tokenizer.json"
+  if not path.is_file():
+    return
+  parts = read_json(folder, "tokenizer.json")
+  added, model = parts.get("added_tokens") or [], parts.get("model")
+  table = model.get("vocab") if isinstance(model, dict) else None
+  if not isinstance(table, (dict, list)) or not isinstance(added, list):
+    raise ValueError(f"{path}: damaged: it has no vocabulary")
+  ids = list(table.values()) if isinstance(table, dict) else [len(table) - 1]
+  ids += [token.get("id") if isinstance(token, dict) else token for token in added]
+  wrong = [i for i in ids if type(i) is not int]
+  if wrong:
+    raise ValueError(f"{path}: damaged: the id {clip(wrong[0])} is not a whole number")
+  if max(ids, default=-1) >= V:
+    raise ValueError(f"{path}: holds the id {clip(max(ids))}, the model's vocabulary ends at V={V}")
+
+
+def _ours(folder: pathlib.Path) -> bool:
+  """Whether nothing is lost with a folder: it is empty, or holds only what we wrote into it."""
+  held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+  if not held:
+    return True
+  if MARK not in held:
+    return False
+  text = (folder / MARK).read_text("utf-8")
+  return not text or held <= {MARK, *json.loads(text)}
+
+
+def _sync(path: pathlib.Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def _held(part: pathlib.Path) -> Iterator[None]:
+  """Holds a folder in the making for this process; the lock dies with the process."""
+  part.mkdir(exist_ok=True)
+  handle = os.open(part, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"{part} is being written by another run") from error
+    yield
+  finally:
+    os.close(handle)
+
+
+def _clear(part: pathlib.Path) -> None:
+  for path in part.iterdir():
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_target(folder: str | os.PathLike) -> None:
+  """Raises unless a folder can be written: it is not there, empty, or all in it is our own.
+
+  Raises:
+    ValueError: something of somebody else's would be lost.
+  """
+  folder = pathlib.Path(folder)
+  if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+    raise ValueError(f"{folder}: exists and is not a folder")
+  if folder.is_dir() and not _ours(folder):
+    raise ValueError(f"{folder}: exists and holds files that hybridlm did not write; move it away")
+
+
+@contextlib.contextmanager
+def replacing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields the sibling `NAME.partial` to write into; it takes the place of `folder` at the end.
+
+  Files are synced to disk before the rename. Where the block raises, nothing is left; where the
+  process dies, the sibling is, and the next run removes it.
+
+  Raises:
+    ValueError: `folder` holds files that we did not write, or another process is writing it.
+  """
+  folder = pathlib.Path(os.path.abspath(folder))
+  part = folder.with_name(f"{folder.name}.partial")
+  old = folder.with_name(f"{folder.name}.old")
+  for place in (folder, part, old):
+    check_target(place)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with _held(part):
+    if old.is_dir() and not folder.exists():
+      old.rename(folder)  # killed between the two renames below
+    _clear(part)
+    (part / MARK).touch()
+    try:
+      yield part
+      names = sorted(path.relative_to(part).as_posix() for path in part.rglob("*"))
+      held = part / f"{MARK}.part"
+      held.write_text(json.dumps([name for name in names if name != MARK]), "utf-8")
+      held.replace(part / MARK)
+      for path in (*part.rglob("*"), part):
+        _sync(path)
+    except BaseException:
+      shutil.rmtree(part)
+      raise
+    if old.is_dir():
+      shutil.rmtree(old)
+    if folder.exists():
+      folder.rename(old)
+    part.rename(folder)
+    _sync(folder.parent)
+    if old.is_dir():
+      shutil.rmtree(old)
