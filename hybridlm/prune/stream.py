@@ -1,0 +1,120 @@
+"""Cuts and hashes of trees that are not in memory: one leaf at a time, in its own memory order."""
+
+import concurrent.futures
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from hybridlm import axes, config, lazy, strides
+from hybridlm.config import ModelConfig, block_name
+from hybridlm.prune.plan import Plan
+
+# What is turned into canonical order at once for hashing, while the piece before is hashed.
+PIECE = 32 << 20
+
+
+def take(w: np.ndarray, w_axes: str, keeps: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Returns a leaf with only the kept entries: `cut.keep_axis` for each array of `keeps`.
+
+  Works in the memory order of `w` and returns a view of that order, so that a transposed view is
+  never turned. Slow axes are cut first: what they drop is not touched again.
+  """
+  order = strides.memory_order(w)
+  letters = "".join(w_axes[i] for i in order)
+  w = w.transpose(order)
+  named = [(axes.of(name), keep) for name, keep in keeps.items()]
+  used = [(own, keep) for own, keep in named if set(own) <= set(letters)]
+  for own, keep in sorted(used, key=lambda item: letters.index(item[0][-1])):
+    w = _take(w, letters, keep, own)
+  return w.transpose(np.argsort(order))
+
+
+def _take(w: np.ndarray, letters: str, keep: np.ndarray, own: str) -> np.ndarray:
+  """Returns `w` with entries `keep` of axis `own[-1]`, which may vary along the axes before it."""
+  axis = letters.index(own[-1])
+  if len(own) == 1:
+    return np.take(w, keep, axis=axis)
+  made = np.empty((*w.shape[:axis], keep.shape[-1], *w.shape[axis + 1 :]), w.dtype)
+  for where in np.ndindex(keep.shape[:-1]):
+    place: list[int | slice] = [slice(None)] * w.ndim
+    for letter, index in zip(own[:-1], where, strict=True):
+      place[letters.index(letter)] = index
+    left = [i for i in range(w.ndim) if isinstance(place[i], slice)]
+    made[tuple(place)] = np.take(w[tuple(place)], keep[where], axis=left.index(axis))
+  return made
+
+
+def _cut_leaf(leaf: lazy.Leaf, name: str, keeps: Mapping[str, np.ndarray]) -> lazy.Leaf:
+  letters = axes.of(name)
+  sizes = {axes.of(keep)[-1]: array.shape[-1] for keep, array in keeps.items()
+           if set(axes.of(keep)) <= set(letters)}
+  shape = tuple(sizes.get(a, n) for a, n in zip(letters, leaf.shape, strict=True))
+  return lazy.Leaf(shape, leaf.dtype, lambda: take(leaf.read(), letters, keeps))
+
+
+def cut(
+  cfg: ModelConfig, leaves: lazy.Leaves, plan: Plan
+) -> tuple[ModelConfig, dict[str, lazy.Leaf]]:
+  """Returns the smaller config and its leaves, cut when they are read: `cut.cut`, not in memory.
+
+  The parent's hash is not looked at here, because that reads all of it: see `check_source`.
+
+  Raises:
+    ValueError: the plan was made for other sizes, or the leaves are not the config's tree.
+  """
+  if cfg.blocks != plan.config.blocks or (cfg.V, cfg.D) != (plan.config.V, plan.config.D):
+    raise ValueError("plan: made for a model of other sizes than the one given")
+  config.check(cfg, lazy.tree(leaves))
+  small_cfg = cfg.replace(D=plan.small_config().D, blocks=plan.small_config().blocks)
+  names = {block_name(new): old for new, old in enumerate(plan.blocks)}
+  made = {}
+  for path, _ in axes.leaves(config.shapes(small_cfg)):
+    *folder, name = path.split("/")
+    if folder[0] == "blocks":
+      old = names[folder[1]]
+      source, keeps = f"blocks/{block_name(old)}/{name}", plan.inside(old)
+    else:
+      source, keeps = path, plan.outside()
+    made[path] = _cut_leaf(leaves[source], name, keeps)
+  return small_cfg, made
+
+
+def _canonical(leaves: lazy.Leaves) -> Iterator[bytes | memoryview]:
+  """Yields what `trees.tree_hash` digests, in its order."""
+  for path in sorted(leaves, key=lambda path: path.split("/")):
+    leaf = leaves[path]
+    yield f"{path} {leaf.dtype} {leaf.shape}\n".encode()
+    array = leaf.read()
+    for piece in strides.pieces(array, PIECE):
+      yield strides.raw(piece)
+    del array
+
+
+def tree_hash(leaves: lazy.Leaves) -> str:
+  """Returns the SHA-256 of a tree that is not in memory: equal to `trees.tree_hash` of it.
+
+  Another thread reads and reorders one piece ahead of the hashing.
+  """
+  digest = hashlib.sha256()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    coming = functools.partial(pool.submit, next, _canonical(leaves), None)
+    ahead = coming()
+    while (piece := ahead.result()) is not None:
+      ahead = coming()
+      digest.update(piece)
+  return digest.hexdigest()
+
+
+def check_source(leaves: lazy.Leaves, plan: Plan) -> None:
+  """Raises unless the plan was made from these very parameters; reads all of them.
+
+  Raises:
+    ValueError: names both hashes.
+  """
+  found = tree_hash(leaves)
+  if found != plan.source:
+    raise ValueError(
+      f"plan: made for parameters {plan.source[:12]}, the ones given are {found[:12]}"
+    )
