@@ -29,11 +29,13 @@ class DataSpec:
   phases: ((step, {source: weight}), ..): from that step (batches drawn so far) on, rows come from
     the sources in proportion to the weights; the first step is 0. Pairs may stand for the mapping.
     May be left out where there is one source.
+  end: the tokenizer's token that ends a document; None: its own (see `tokenizers.load`).
   """
 
   sources: tuple[sources.Source, ...]
   tokenizer: str = "bytes"
   phases: tuple = ()
+  end: str | None = None
 
 
 class Corpus:
@@ -52,7 +54,7 @@ class Corpus:
         raise ValueError(f"source {name!r} is named {names.count(name)} times in the data spec")
     self.spec = spec
     self.phases = mixture.phases(spec.phases, names)
-    self.tokenizer = tokenizers.load(spec.tokenizer)
+    self.tokenizer = tokenizers.load(spec.tokenizer, end=spec.end)
     self._folder = folder
     self._documents: dict[str, tuple[sources.Document, ...]] = {}
     self._tokens: dict[tuple[str, str], packing.Tokens] = {}

@@ -12,11 +12,16 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from hybridlm.data import gguf
+
 # The library's encodings cost hundreds of bytes a token while they last: so many characters at
 # once, and long texts in pieces.
 _CHARACTERS = 1 << 20
 _PIECE = 1 << 18
 _BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
+# The byte-level alphabet of Radford et al. 2019: these bytes stand for themselves, the others for
+# the characters from 256 on, in order.
+_PRINTED = frozenset((*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)))
 # A tokenizer that strips, normalises or adds a space loses count of these bytes.
 _PROBE = "Probe's text\r\n\n  12\t\u00e9e\u0301 \u6f22 \U0001f642  "
 
@@ -73,14 +78,15 @@ class Bpe:
 
   text: the JSON.  V: vocabulary size of the model that reads the ids; by default just enough.
   end: the token of the JSON that ends a text; by default the id after the largest one is eot.
-  Text that spells a special token is encoded as plain text.
+  Text that spells a special token is encoded as plain text. Published vocabularies may lack rare
+  bytes (control characters): a text that holds one is refused.
   """
 
   def __init__(self, text: str, *, V: int | None = None, end: str | None = None,
                place: str = "this tokenizer"):
     self._inner = _parse(text, place)
     self._cuts = _cuts(self._inner, json.loads(text))
-    self.text = text
+    self.text, self._place = text, place
     vocabulary = self._inner.get_vocab(with_added_tokens=True)
     if end is not None and end not in vocabulary:
       raise ValueError(f"{place} has no token {end!r} to end a text with")
@@ -90,6 +96,7 @@ class Bpe:
     if self.V <= largest:
       raise ValueError(f"{place} uses ids up to {largest}, eot included; V = {V} is too few")
     self.byte_lengths_V = _byte_lengths(self._inner, self.V, self.eot)
+    self._known = _known_bytes(vocabulary)
     found = self.encode(_PROBE)
     kept = self.byte_lengths_V[found].sum() == len(_PROBE.encode())
     if not kept or self.decode(found) != _PROBE:
@@ -102,7 +109,12 @@ class Bpe:
     return self.encode_all([text])[0]
 
   def encode_all(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
-    """Returns the ids of every text; the library's own threads share the texts."""
+    """Returns the ids of every text; the library's own threads share the texts.
+
+    Raises ValueError where a text holds a byte that the vocabulary lacks.
+    """
+    for text in texts:
+      self._check(text)
     texts = [list(_pieces(text)) if self._cuts else [text] for text in texts]
     ids = []
     for few in _portions(piece for pieces in texts for piece in pieces):
@@ -115,6 +127,13 @@ class Bpe:
     """Returns the text of ids; eot and ids without text are left out."""
     known = [i for i in _checked(ids, self.V) if self.byte_lengths_V[i]]
     return self._inner.decode(known, skip_special_tokens=False)
+
+  def _check(self, text: str) -> None:
+    lost = text.encode().translate(None, self._known)
+    if lost:
+      at = next(i for i, c in enumerate(text) if set(c.encode()) - set(self._known))
+      raise ValueError(f"{self._place} has no id for the byte {lost[0]:#04x}: the text holds "
+                       f"{text[at]!r} at {at}")
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes the JSON that `load` reads."""
@@ -151,9 +170,11 @@ def packaged() -> tuple[str, ...]:
 
 
 def load(name: str, *, V: int | None = None, end: str | None = None) -> Tokenizer:
-  """Returns "bytes", a tokenizer that comes with the package, or a JSON file by its path.
+  """Returns "bytes", a tokenizer that comes with the package, or one from a path.
 
-  V and end as `Bpe` takes them.  Raises FileNotFoundError for a name that is none of these.
+  A path is a JSON file of the tokenizers library, a folder with a `tokenizer.json`, or a GGUF file.
+  V and end as `Bpe` takes them; where a folder or a GGUF file names the token that ends a text,
+  that is the default of end.  Raises FileNotFoundError for a name that is none of these.
   """
   if name == "bytes":
     if V is not None and V < Bytes.V:
@@ -161,13 +182,35 @@ def load(name: str, *, V: int | None = None, end: str | None = None) -> Tokenize
     return Bytes()
   if name in packaged():
     text = (_assets() / f"{name}.json").read_text(encoding="utf-8")
+  elif pathlib.Path(name).is_dir():
+    text, own = _folder(pathlib.Path(name))
+    end = end or own
+  elif pathlib.Path(name).is_file() and pathlib.Path(name).suffix == ".gguf":
+    files = gguf.files(name)
+    text = files["tokenizer.json"]
+    end = end or json.loads(files["tokenizer_config.json"]).get("eos_token")
   elif pathlib.Path(name).is_file():
     text = _read(name)
   else:
     raise FileNotFoundError(
-      f"tokenizer {name!r} is neither a file nor one of bytes, {', '.join(packaged())}"
+      f"tokenizer {name!r} is neither a file nor a folder nor one of bytes, {', '.join(packaged())}"
     )
   return Bpe(text, V=V, end=end, place=f"tokenizer {name!r}")
+
+
+def _folder(path: pathlib.Path) -> tuple[str, str | None]:
+  """Returns a folder's JSON, and the token that ends a text where the folder names one."""
+  file, settings = path / "tokenizer.json", path / "tokenizer_config.json"
+  if not file.is_file():
+    raise FileNotFoundError(f"tokenizer {str(path)!r}: the folder has no tokenizer.json")
+  if not settings.is_file():
+    return _read(str(file)), None
+  try:
+    end = json.loads(_read(str(settings))).get("eos_token")
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f"{settings} is not a table in JSON: {error}") from error
+  # Written as a string, or as the token's record.
+  return _read(str(file)), end.get("content") if isinstance(end, Mapping) else end
 
 
 def _assets():
@@ -194,6 +237,9 @@ def _parse(text: str, place: str) -> tokenizers.Tokenizer:
     raise ValueError(f"{place} is not a byte-level BPE")
   if parts["model"].get("dropout"):
     raise ValueError(f"{place} drops merges at random; ids must follow from the text")
+  for added in inner.get_added_tokens_decoder().values():
+    if not added.special and (added.lstrip or added.rstrip):
+      raise ValueError(f"{place} strips the space around {added.content!r}; bytes would be lost")
   inner.encode_special_tokens = True
   inner.no_truncation()
   inner.no_padding()
@@ -215,11 +261,23 @@ def _cuts(inner: tokenizers.Tokenizer, parts: Mapping) -> bool:
   """Returns whether texts may be cut where a space or newline follows what is none.
 
   So it is where words are split by the pattern of Radford et al. 2019: it looks at nothing before
-  the word, and a word has white space at its start only. Added tokens may hold spaces inside.
+  the word, and a word has white space at its start only. Splitting digits off first changes nothing
+  of that. Added tokens may hold spaces inside.
   """
   words = parts["pre_tokenizer"]
+  *first, last = words["pretokenizers"] if words["type"] == "Sequence" else [words]
   plain = all(added.special for added in inner.get_added_tokens_decoder().values())
-  return plain and words["type"] == "ByteLevel" and words.get("use_regex", True)
+  digits = all(step["type"] == "Digits" for step in first)
+  return plain and digits and last["type"] == "ByteLevel" and last.get("use_regex", True)
+
+
+def _known_bytes(vocabulary: Iterable[str]) -> bytes:
+  """Returns the bytes that have a token of their own, those that UTF-8 never uses among them."""
+  others = [byte for byte in range(256) if byte not in _PRINTED]
+  letters = {chr(256 + i): byte for i, byte in enumerate(others)}
+  letters |= {chr(byte): byte for byte in _PRINTED}
+  never = (0xC0, 0xC1, *range(0xF5, 0x100))
+  return bytes({*never, *(letters[token] for token in vocabulary if token in letters)})
 
 
 def _pieces(text: str) -> Iterator[str]:

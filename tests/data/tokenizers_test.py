@@ -192,7 +192,7 @@ def test_files_that_are_no_tokenizer_are_refused_by_name(tmp_path):
   word.save(str(path))
   with pytest.raises(ValueError, match="bad.json' is not a byte-level BPE"):
     tokenizers.load(str(path))
-  with pytest.raises(FileNotFoundError, match="'none' is neither a file nor one of bytes"):
+  with pytest.raises(FileNotFoundError, match="'none' is neither a file nor a folder nor one of bytes"):
     tokenizers.load("none")
 
 
