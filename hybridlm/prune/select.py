@@ -11,7 +11,7 @@ from hybridlm.prune.scores import Scores
 
 # Target -> the block kind whose size it is. "heads" counts all heads of a block, in all groups.
 KINDS = {"H": Mamba, "heads": Mamba, "P": Mamba, "F": Mlp, "J": Attention}
-KNOWN = ("D", *KINDS, "blocks")
+KNOWN = ("D", *KINDS, "blocks", "layers")
 Targets = Mapping[str, Any]
 
 
@@ -75,8 +75,9 @@ def _check_names(cfg: ModelConfig, targets: Targets) -> None:
       inside = str(index).isdigit() and int(index) < len(cfg.blocks)
       if not inside or (kind and not isinstance(cfg.blocks[int(index)], kind)):
         raise ValueError(f"target {name}: block {index} of {cfg.pattern!r} has no such axis")
-  if {"H", "heads"} <= set(targets):
-    raise ValueError("targets H and heads both given: they are one size in two units")
+  for pair in (("H", "heads"), ("blocks", "layers")):
+    if set(pair) <= set(targets):
+      raise ValueError(f"targets {' and '.join(pair)} both given: they are one size in two units")
 
 
 def _inside(
@@ -124,6 +125,28 @@ def kept_blocks(cfg: ModelConfig, scores: Scores, target: Any) -> np.ndarray:
   return top(scores.get("score_X"), target)
 
 
+def kept_layers(cfg: ModelConfig, scores: Scores, target: Any) -> np.ndarray:
+  """Returns the blocks of the layers that stay: those whose two depth scores have the largest sum.
+
+  A layer is a mixer and the MLP after it, as published dense and hybrid models count them; keeping
+  layers whole keeps a model one that those formats can hold.
+
+  Raises:
+    ValueError: blocks that are not such pairs, or more layers than the parent has, or none.
+  """
+  pairs = len(cfg.blocks) // 2
+  mixers, mlps = cfg.blocks[::2], cfg.blocks[1::2]
+  whole = len(cfg.blocks) == 2 * pairs and all(isinstance(block, Mlp) for block in mlps)
+  if not whole or any(isinstance(block, Mlp) for block in mixers):
+    raise ValueError(f"target layers={target!r}: {cfg.pattern!r} is not made of layers, a mixer "
+                     "and an MLP each; name blocks")
+  number = isinstance(target, (int, np.integer)) and not isinstance(target, bool)
+  if not number or not 1 <= target <= pairs:
+    raise ValueError(f"target layers={target!r}: the parent has {pairs}, keep 1 to {pairs}")
+  first = 2 * top(scores.get("score_X").reshape(pairs, 2).sum(axis=1), target)
+  return np.stack([first, first + 1], axis=1).ravel()
+
+
 def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   """Returns the plan that keeps the best-scored entries of every axis.
 
@@ -131,8 +154,8 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
     cfg: the parent.
     scores: what `scores.calibrate` measured on it.
     targets: sizes: D, F, H (heads per group) or heads (per block), P, J; a size may be a mapping
-      from block index to size. `blocks`: how many stay, or the list of those that do. An axis
-      that is not named keeps its size.
+      from block index to size. `blocks`: how many stay, or the list of those that do; or
+      `layers`: how many pairs of a mixer and an MLP stay. An axis that is not named keeps its size.
 
   Raises:
     ValueError: an unknown target; a size larger than the parent's, zero, or heads that groups
@@ -149,6 +172,8 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
     keep["keep_D"] = top(scores.width(), width)
   if "blocks" in targets:
     keep["keep_X"] = kept_blocks(cfg, scores, targets["blocks"])
+  if "layers" in targets:
+    keep["keep_X"] = kept_layers(cfg, scores, targets["layers"])
   for index in range(len(cfg.blocks)):
     found = _inside(cfg, scores, targets, index)
     if found:

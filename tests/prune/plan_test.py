@@ -9,6 +9,7 @@ import hybridlm
 from cases import models
 from hybridlm.prune import select
 from hybridlm.prune.plan import Plan
+from hybridlm.prune.scores import Scores
 
 
 @pytest.fixture(name="made")
@@ -77,7 +78,9 @@ def test_what_is_not_named_stays_whole(made):
     ({"F": 2.5}, "target F=2.5"),
     ({"P": True}, "target P=True"),
     ({"heads": 5}, "target heads=5 of block 0: not a multiple of its 2 groups"),
-    ({"heads": 6, "H": 3}, "one size in two units"),
+    ({"heads": 6, "H": 3}, "H and heads both given: they are one size in two units"),
+    ({"blocks": 3, "layers": 1}, "blocks and layers both given: they are one size in two units"),
+    ({"layers": 1}, "target layers=1: 'M-M\\*-' is not made of layers"),
     ({"Z": 3}, "target 'Z' is not one of"),
     ({"F": {0: 3}}, "target F: block 0 of 'M-M\\*-' has no such axis"),
     ({"D": {3: 9}}, "one size for the whole model"),
@@ -91,6 +94,34 @@ def test_what_is_not_named_stays_whole(made):
 def test_targets_that_cannot_be_met_are_refused(made, targets, message):
   with pytest.raises(ValueError, match=message):
     hybridlm.plan(*made, targets)
+
+
+def layered(pattern):
+  """Returns a model and depth scores of 0, 1, 2, .. squared, block 1 best of all."""
+  cfg = models.make(pattern=pattern)
+  score_X = np.arange(len(pattern), dtype=np.float32) ** 2
+  score_X[1] = 70.0
+  return cfg, Scores({"score_X": score_X}, 1.0, {"parameters": "x"})
+
+
+def test_layers_stay_whole_and_the_best_sums_of_two_blocks_win():
+  cfg, scores = layered("M-*-*-M-")  # sums 70, 13, 41, 85
+  plan = hybridlm.plan(cfg, scores, {"layers": 2})
+  assert plan.blocks == (0, 1, 6, 7) and plan.small_config().pattern == "M-M-"
+  assert hybridlm.plan(cfg, scores, {"layers": 3}).blocks == (0, 1, 4, 5, 6, 7)
+  # By blocks the same scores would tear layers apart.
+  assert hybridlm.plan(cfg, scores, {"blocks": 4}).blocks == (1, 5, 6, 7)
+
+
+@pytest.mark.parametrize("pattern, layers, message", [
+  ("*-*", 1, "not made of layers"), ("-*-*", 1, "not made of layers"),
+  ("**--", 1, "not made of layers"), ("--", 1, "not made of layers"),
+  ("*-*-", 0, "the parent has 2, keep 1 to 2"), ("*-*-", 3, "the parent has 2"),
+  ("*-*-", True, "the parent has 2"), ("*-*-", 1.0, "the parent has 2"),
+])
+def test_layers_that_cannot_be_kept_are_refused(pattern, layers, message):
+  with pytest.raises(ValueError, match=message):
+    hybridlm.plan(*layered(pattern), {"layers": layers})
 
 
 def test_a_target_without_a_block_of_its_kind_is_refused():
