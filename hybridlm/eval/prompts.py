@@ -1,0 +1,154 @@
+"""Texts to ids and back as a published model expects them, special tokens and all."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+CONFIGS = ("tokenizer_config.json", "generation_config.json", "config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """How one model reads and writes text.
+
+  name: of the model or tokenizer, for reports.
+  plain: `plain(text, special) -> ids`, with the special tokens that frame a text, or without.
+  decode: `decode(ids, special) -> text`, with the special tokens among the ids, or without.
+  ends: ids after which a text is over; the first also stands for an end of text in a prompt.
+  bos: the id that starts a text, if the model has one.
+  templates: chat templates (Jinja) by name; the usual one is "default".
+  words: special tokens by the names chat templates use, such as "bos_token".
+  """
+
+  name: str
+  plain: Callable[[str, bool], Sequence[int]]
+  decode: Callable[[Sequence[int], bool], str]
+  ends: tuple[int, ...]
+  bos: int | None = None
+  templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def prefix(self) -> int:
+    """The id that a text without context follows."""
+    return self.ends[0] if self.bos is None else self.bos
+
+  def encode(self, text: str, special: bool | None = None) -> Sequence[int]:
+    """Returns ids; None adds special tokens unless the text starts with one already."""
+    if special is None:
+      start = self.decode((self.prefix,), True)
+      special = not (start and text.startswith(start))
+    return self.plain(text, special)
+
+
+def of_tokenizer(tokenizer: Any, name: str) -> Prompts:
+  """Returns the prompts of a tokenizer that knows no special token but the end of a text.
+
+  `tokenizer` has `encode(text)`, `decode(ids)` and the id `eot`, as those of `hybridlm.data` do.
+  """
+  return Prompts(
+    name=name, ends=(int(tokenizer.eot),), plain=lambda text, special: tokenizer.encode(text),
+    decode=lambda ids, special: tokenizer.decode(ids),
+  )
+
+
+def of_folder(folder: str | pathlib.Path) -> Prompts:
+  """Returns the prompts of a published model's folder.
+
+  Read are tokenizer.json, special tokens from tokenizer_config.json, or else end and start of text
+  by id from generation_config.json or config.json, and chat templates from chat_template.jinja or
+  tokenizer_config.json. Where nothing names an end of text, it is the id after the largest.
+
+  Raises:
+    FileNotFoundError: there is no tokenizer.json.
+    ValueError: a file is damaged, or a special token is not in the vocabulary.
+  """
+  folder = pathlib.Path(folder)
+  inner = _inner(folder / "tokenizer.json")
+  settings, generation, config = (_record(folder / name) for name in CONFIGS)
+  words = {name: _word(value) for name, value in settings.items() if name.endswith("_token")}
+  words = {name: word for name, word in words.items() if word}
+  ends, starts = [], []
+  for key, found in (("eos_token", ends), ("bos_token", starts)):
+    if key in words:
+      found.append(_id(inner, words[key], folder))
+    for record in (generation, config):
+      value = record.get(f"{key}_id")
+      found.extend(i for i in (value if isinstance(value, list) else [value]) if i is not None)
+  if "bos_token" not in words and settings:
+    starts = []  # the tokenizer has none, whatever the model's config repeats
+  _frame(inner, settings, words, folder)
+  largest = max(inner.get_vocab(with_added_tokens=True).values())
+  return Prompts(
+    name=folder.resolve().name,
+    plain=lambda text, special: inner.encode(text, add_special_tokens=special).ids,
+    decode=lambda ids, special: inner.decode(list(ids), skip_special_tokens=not special),
+    ends=tuple(dict.fromkeys(ends)) or (largest + 1,),
+    bos=starts[0] if starts else None,
+    templates=_templates(folder / "chat_template.jinja", settings.get("chat_template")),
+    words=words,
+  )
+
+
+def _inner(path: pathlib.Path) -> tokenizers.Tokenizer:
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file")
+  try:
+    inner = tokenizers.Tokenizer.from_str(path.read_bytes().decode("utf-8"))
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(f"{path} is not JSON of the tokenizers library: {error}") from error
+  inner.no_truncation()
+  inner.no_padding()
+  return inner
+
+
+def _record(path: pathlib.Path) -> dict[str, Any]:
+  """Returns a JSON object, empty where there is no file."""
+  if not path.is_file():
+    return {}
+  try:
+    record = json.loads(path.read_bytes().decode("utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  if not isinstance(record, dict):
+    raise ValueError(f"{path} holds {str(record)[:40]!r}, not an object")
+  return record
+
+
+def _word(value: Any) -> str | None:
+  """Returns a special token's text; files hold it bare or as an object."""
+  value = value.get("content") if isinstance(value, dict) else value
+  return value if isinstance(value, str) else None
+
+
+def _id(inner: tokenizers.Tokenizer, word: str, folder: pathlib.Path) -> int:
+  found = inner.token_to_id(word)
+  if found is None:
+    raise ValueError(f"{folder}: token {word!r} of {CONFIGS[0]} is not in tokenizer.json")
+  return found
+
+
+def _frame(inner: tokenizers.Tokenizer, settings, words, folder: pathlib.Path) -> None:
+  """Sets the special tokens around a text, where the settings say so; else tokenizer.json does."""
+  flags = ("add_bos_token", "add_eos_token")
+  if not any(flag in settings for flag in flags):
+    return
+  named = [words.get(flag.removeprefix("add_")) if settings.get(flag) else None for flag in flags]
+  single = " ".join(part for part in (named[0], "$A", named[1]) if part)
+  used = [(word, _id(inner, word, folder)) for word in named if word]
+  inner.post_processor = tokenizers.processors.TemplateProcessing(
+    single=single, pair=f"{single} $B:1", special_tokens=used
+  )
+
+
+def _templates(path: pathlib.Path, value: Any) -> dict[str, str]:
+  """Returns chat templates by name: a file's comes before the settings' own."""
+  if path.is_file():
+    return {"default": path.read_bytes().decode("utf-8")}
+  if isinstance(value, str):
+    return {"default": value}
+  return {each["name"]: each["template"] for each in value or ()}

@@ -1,0 +1,206 @@
+"""The adapter gives the harness what its own adapter gives it, on the same weights and tasks."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hybridlm
+from cases import published
+from experiments import tasks
+from hybridlm import lazy
+from hybridlm.eval import prompts as texts
+from hybridlm.interop import huggingface
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+LIMIT = 20
+CONTEXT = 128
+NAMES = ("local_piqa", "local_text", "local_writing")
+WRITING = """task: local_writing
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {path}}}}}
+output_type: generate_until
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["e ", "."], max_gen_toks: 16, do_sample: false}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(name="local", scope="module")
+def _local(tmp_path_factory):
+  """A folder of three local tasks."""
+  folder = tmp_path_factory.mktemp("tasks")
+  tasks.require()
+  tasks.write(folder)
+  path = json.dumps(str(folder / "local_piqa.jsonl"))
+  (folder / "local_writing.yaml").write_text(WRITING.format(path=path))
+  return folder
+
+
+@pytest.fixture(name="folder", scope="module", params=["llama", "nemotron_h"])
+def _folder(request, tmp_path_factory):
+  """A random model with a tokenizer of its own, as transformers writes it."""
+  folder = tmp_path_factory.mktemp(request.param)
+  words = [each["question"] for each in tasks.piqa()][:400]
+  published.save(request.param, folder, words, context=CONTEXT)
+  return folder
+
+
+@pytest.fixture(name="model", scope="module")
+def _model(folder):
+  cfg, leaves = huggingface.open(folder)
+  params = {path: jnp.asarray(leaf.read()) for path, leaf in leaves.items()}
+  return cfg, lazy.tree(params), texts.of_folder(folder)
+
+
+@pytest.fixture(name="theirs", scope="module")
+def _theirs(folder):
+  from lm_eval.models.huggingface import HFLM
+
+  return HFLM(str(folder), device="cpu", dtype="float32", batch_size=3, max_length=CONTEXT)
+
+
+def ours(model, **extra):
+  from hybridlm.eval import harness, targets
+
+  cfg, params, prompts = model
+
+  def hidden(params, batch):
+    return hybridlm.api.apply_hidden(cfg, params, batch)
+
+  return harness.Adapter(targets.make(hidden), params, prompts, batch=4, length=CONTEXT, **extra)
+
+
+def greedy(model):
+  """A generator that reads the whole row again for every token."""
+  cfg, params, _ = model
+
+  def generate(token_BL, length_B, *, steps, **sampling):
+    assert sampling == {"temperature": 0.0, "top_k": None, "top_p": None}
+    row = np.arange(len(token_BL))
+    token_BL = np.pad(token_BL, ((0, 0), (0, steps)))
+    for step in range(steps):
+      logits_BLV = hybridlm.forward(cfg, params, token_BL)
+      new_B = np.asarray(logits_BLV[row, length_B - 1 + step].argmax(-1))
+      token_BL[row, length_B + step] = new_B
+      yield new_B
+
+  return generate
+
+
+def asked(method, *arguments):
+  from lm_eval.api.instance import Instance
+
+  return [Instance(method, {}, each, number) for number, each in enumerate(arguments)]
+
+
+def test_results_of_local_tasks_are_those_of_the_harness_own_adapter(local, model, theirs):
+  from hybridlm.eval import harness
+
+  adapter = ours(model, generate=greedy(model))
+  found, wanted = (
+    harness.evaluate(each, NAMES, include_path=str(local), limit=LIMIT)
+    for each in (adapter, theirs)
+  )
+  assert set(found) == set(wanted) == set(NAMES)
+  numbers = [(task, key) for task in NAMES for key, value in wanted[task].items()
+             if isinstance(value, float) and not key.endswith("_stderr,none")]
+  assert len(numbers) >= 6
+  for task, key in numbers:
+    assert found[task][key] == pytest.approx(wanted[task][key], rel=1e-3), (task, key)
+  assert wanted["local_text"]["bits_per_byte"] > 1 and 0 < wanted["local_piqa"]["acc"] < 1
+
+
+def test_each_request_gets_the_same_answer(model, theirs):
+  long = "one two three four five six seven " * 20
+  asks = asked(
+    "loglikelihood", ("The sun", " rises"), ("The sun ", "rises"), ("", "rises in the east"),
+    ("<bos>", "x"), ("<bos>The sun", " rises"), ("", "<bos>The sun"), (long, " eight nine"),
+    ("caf", "\u00e9 12345"), ("a" * 300, "b" * 40), ("The sun", "'s light\n\nfades"),
+  )
+  adapter = ours(model)
+  found, wanted = adapter.loglikelihood(asks), theirs.loglikelihood(asks)
+  assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+  assert [one for one, _ in found] == pytest.approx([one for one, _ in wanted], rel=1e-4)
+  rolling = asked("loglikelihood_rolling", ("short",), (long,), ("",), ("<bos>" + long + "end",))
+  np.testing.assert_allclose(adapter.loglikelihood_rolling(rolling),
+                             theirs.loglikelihood_rolling(rolling), rtol=1e-4)
+
+
+def test_a_greedy_continuation_is_told_from_another(model, theirs):
+  cfg, params, prompts = model
+  ids = list(prompts.encode("The sun is"))
+  start = len(ids)
+  for _ in range(6):
+    ids.append(int(hybridlm.forward(cfg, params, np.array([ids]))[0, -1].argmax()))
+  from hybridlm.eval import requests
+
+  pairs = [requests.Pair(tuple(ids[:start]), tuple(ids[start:])),
+           requests.Pair(tuple(ids[:start]), (*ids[start:-1], ids[-1] ^ 1))]
+  found = ours(model)._run(pairs, "greedy")
+  wanted = theirs._loglikelihood_tokens([(None, list(p.context), list(p.target)) for p in pairs])
+  assert [one.greedy for one in found] == [greedy for _, greedy in wanted] == [True, False]
+  assert [one.logprob for one in found] == pytest.approx([one for one, _ in wanted], rel=1e-4)
+
+
+def test_generated_text_ends_where_the_harness_own_ends(model, theirs):
+  until = {"until": ["e ", "\n"], "max_gen_toks": 24, "do_sample": False}
+  asks = asked("generate_until", ("The sun is", until), ("one two " * 60, until), ("A", until),
+               ("Because the", {**until, "until": ["zzz"], "max_gen_toks": 9}))
+  # One row a batch there: rows that go on after their stop string are another matter.
+  theirs.batch_size_per_gpu = 1
+  wanted = theirs.generate_until(asks)
+  assert ours(model, generate=greedy(model)).generate_until(asks) == wanted
+  assert any(wanted)
+
+
+def test_a_chat_becomes_the_prompt_that_transformers_makes(model, theirs):
+  chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi  "}]
+  adapter, name = ours(model), model[2].name
+  open_end = [*chat, {"role": "assistant", "content": "Well, "}]
+  for messages, reply in ((chat, True), (open_end, False)):
+    assert adapter.apply_chat_template(messages, reply) == theirs.apply_chat_template(
+      messages, reply)
+  assert adapter.chat_template(True) == theirs.chat_template(True)
+  assert adapter.tokenizer_name == name and adapter.chat_template(False) is None
+  with pytest.raises(ValueError, match=f"{name} has no chat template 'other'; it has default"):
+    adapter.chat_template("other")
+
+
+def test_a_template_that_refuses_system_messages_goes_without_them(model):
+  refusing = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+              "{% for m in messages %}{{ m['content'] | trim }};{% endfor %}")
+  cfg, params, prompts = model
+  import dataclasses
+
+  adapter = ours((cfg, params, dataclasses.replace(prompts, templates={"default": refusing})))
+  chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
+  assert adapter.apply_chat_template(chat) == "Hi;"
+  assert adapter.apply_chat_template(chat, add_generation_prompt=False) == "Hi"
+  with pytest.raises(ValueError, match="the chat template refuses this chat: no"):
+    from hybridlm.eval import chat as chats
+
+    chats.render(refusing, chat, words={}, reply=True)
+
+
+@pytest.mark.parametrize("settings,words", [
+  ({"num_beams": 4}, "generation setting 'num_beams' is unknown"),
+  ({"max_gen_toks": CONTEXT}, f"{CONTEXT} new tokens leave no room for a prompt in {CONTEXT} positions"),
+])
+def test_generation_that_cannot_be_done_is_refused(model, settings, words):
+  with pytest.raises(ValueError, match=words):
+    ours(model, generate=greedy(model)).generate_until(asked("generate_until", ("a", settings)))
+  with pytest.raises(ValueError, match="no way to generate"):
+    ours(model).generate_until(asked("generate_until", ("a", {})))
+
+
+def test_an_unknown_task_is_named_with_its_neighbours(local, model):
+  from hybridlm.eval import harness
+
+  with pytest.raises(ValueError, match="task 'local_pika' is unknown; nearest: local_piqa"):
+    harness.evaluate(ours(model), ["local_pika"], include_path=str(local))
