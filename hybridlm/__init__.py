@@ -10,7 +10,9 @@ from hybridlm.api import (
   forward,
   init,
   language_loss,
+  load,
   mask,
+  save,
 )
 from hybridlm.config import ModelConfig
 from hybridlm.prune.cost import cost
@@ -29,6 +31,8 @@ __all__ = [
   "forward",
   "init",
   "language_loss",
+  "load",
   "mask",
   "plan",
+  "save",
 ]

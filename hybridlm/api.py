@@ -1,6 +1,7 @@
 """The face of the library: the one file that knows both the model and the pruning."""
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hybridlm import config
+from hybridlm import config, lazy
 from hybridlm.config import ModelConfig
 from hybridlm.distill import loss
+from hybridlm.interop import dispatch
 from hybridlm.nn.lm import HybridLM
 from hybridlm.prune import cut as cutting
 from hybridlm.prune import depth as depths
@@ -63,6 +65,56 @@ def init(cfg: ModelConfig, *, seed: int = 0) -> dict[str, Any]:
     return HybridLM(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
   return draw(jax.random.key(seed))
+
+
+def load(
+  path: str | os.PathLike, *, dtype: str | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """Returns the config and the parameters of the model a path holds.
+
+  A Hugging Face folder (`config.json` and safetensors), one of our own (`model.json`), or a GGUF
+  file. `dtype` converts the parameters; None keeps each leaf as it is stored, float16 widened to
+  float32.
+
+  Raises:
+    FileNotFoundError: nothing is there.
+    ValueError: it is no model, of an architecture that is not known, or damaged.
+
+  >>> cfg, params = hybridlm.load(folder)
+  """
+  cfg, leaves = dispatch.open(path)
+  params = {name: jnp.asarray(leaf.read(), dtype) for name, leaf in leaves.items()}
+  return cfg, lazy.tree(params)
+
+
+def save(
+  path: str | os.PathLike,
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  *,
+  format: str = "hybridlm",
+  family: str | None = None,
+  like: str | os.PathLike | None = None,
+) -> None:
+  """Writes a model as a folder that is whole or not there.
+
+  Args:
+    path: the folder, new or one that this function wrote.
+    cfg: the model.
+    params: its parameters.
+    format: "hybridlm", our own; "hf": `config.json` and safetensors for transformers and vLLM.
+    family: "hf" only: the published class, such as "nemotron_h"; None takes the first that can
+      say this model.
+    like: a folder whose tokenizer files and token ids are carried on.
+
+  Raises:
+    ValueError: parameters of another model, or a model that no published class can say; every
+      reason is listed.
+
+  >>> hybridlm.save(folder, cfg, params, format="hf")
+  """
+  config.check(cfg, params)
+  dispatch.write(path, cfg, lazy.of(params), format=format, family=family, like=like)
 
 
 def forward(

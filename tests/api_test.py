@@ -10,14 +10,14 @@ import hybridlm
 from cases import models
 
 ORDER = (
-  "init", "forward", "calibrate", "plan", "mask", "cut", "language_loss", "distillation_loss",
-  "cost",
+  "init", "save", "load", "forward", "calibrate", "plan", "mask", "cut", "language_loss",
+  "distillation_loss", "cost",
 )
 
 
-def test_every_example_of_the_face_runs():
+def test_every_example_of_the_face_runs(tmp_path):
   cfg = models.make(pattern="M-")
-  names = {"hybridlm": hybridlm, "jnp": jnp}
+  names = {"hybridlm": hybridlm, "jnp": jnp, "folder": tmp_path / "model"}
   names |= {"batches": models.batches(cfg), "token_BL": models.tokens(cfg)}
   for name in ORDER:
     found = doctest.DocTestFinder(recurse=False).find(getattr(hybridlm, name), name, globs=names)
@@ -44,3 +44,39 @@ def test_forward_can_be_compiled_and_differentiated():
 def test_a_teacher_of_another_vocabulary_is_refused():
   with pytest.raises(ValueError, match="student predicts 31 tokens, teacher 29"):
     hybridlm.distillation_loss(models.make(), models.make(vocabulary=29))
+
+
+@pytest.mark.parametrize("format", ["hybridlm", "hf"])
+def test_what_is_saved_is_what_is_loaded(tmp_path, format):
+  cfg = models.make("tied" if format == "hybridlm" else "untied", context=99)
+  params = models.params(cfg)
+  hybridlm.save(tmp_path / "model", cfg, params, format=format)
+  again, loaded = hybridlm.load(tmp_path / "model")
+  assert again == cfg
+  assert jax.tree.structure(loaded) == jax.tree.structure(params)
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, params)))
+  half = hybridlm.load(tmp_path / "model", dtype="bfloat16")[1]
+  assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("format", ["hybridlm", "hf"])
+def test_parameters_of_another_model_are_not_saved(tmp_path, format):
+  params = models.params(models.make())
+  with pytest.raises(ValueError, match="w_down_FD.*has shape"):
+    hybridlm.save(tmp_path / "model", models.make(F=25), params, format=format)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_model_is_not_loaded_or_saved(tmp_path):
+  cfg, params = models.make(), models.params(models.make())
+  with pytest.raises(FileNotFoundError, match="nothing: no such file or folder"):
+    hybridlm.load(tmp_path / "nothing")
+  with pytest.raises(ValueError, match="neither model.json nor config.json"):
+    hybridlm.load(tmp_path)
+  (tmp_path / "weights.bin").touch()
+  with pytest.raises(ValueError, match="weights.bin: a model is a folder or a .gguf file"):
+    hybridlm.load(tmp_path / "weights.bin")
+  with pytest.raises(ValueError, match="format 'onnx' is not one of hybridlm, hf"):
+    hybridlm.save(tmp_path / "model", cfg, params, format="onnx")
+  with pytest.raises(ValueError, match="family 'llama' is of format 'hf'"):
+    hybridlm.save(tmp_path / "model", cfg, params, family="llama")
