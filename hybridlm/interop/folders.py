@@ -127,6 +127,8 @@ def check_tokenizer(folder: str | os.PathLike, V: int) -> None:
 
 def _ours(folder: pathlib.Path) -> bool:
   """Whether nothing is lost with a folder: it is empty, or holds only what we wrote into it."""
+  if (folder / MARK).is_symlink():
+    return False
   held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
   if not held:
     return True
@@ -177,6 +179,26 @@ def check_target(folder: str | os.PathLike) -> None:
     raise ValueError(f"{folder}: exists and holds files that hybridlm did not write; move it away")
 
 
+def put(part: str | os.PathLike, folder: str | os.PathLike) -> None:
+  """Renames a folder that we wrote to `folder`, in place of what we wrote there before.
+
+  Raises:
+    ValueError: `folder` holds files that we did not write.
+  """
+  part, folder = pathlib.Path(part), pathlib.Path(os.path.abspath(folder))
+  old = folder.with_name(f"{folder.name}.old")
+  for place in (folder, old):
+    check_target(place)
+  if folder.exists():
+    if old.is_dir():
+      shutil.rmtree(old)
+    folder.rename(old)
+  part.rename(folder)
+  _sync(folder.parent)
+  if old.is_dir():
+    shutil.rmtree(old)
+
+
 @contextlib.contextmanager
 def replacing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields the sibling `NAME.partial` to write into; it takes the place of `folder` at the end.
@@ -189,13 +211,10 @@ def replacing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   folder = pathlib.Path(os.path.abspath(folder))
   part = folder.with_name(f"{folder.name}.partial")
-  old = folder.with_name(f"{folder.name}.old")
-  for place in (folder, part, old):
+  for place in (folder, part):
     check_target(place)
   folder.parent.mkdir(parents=True, exist_ok=True)
   with _held(part):
-    if old.is_dir() and not folder.exists():
-      old.rename(folder)  # killed between the two renames below
     _clear(part)
     (part / MARK).touch()
     try:
@@ -206,14 +225,7 @@ def replacing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
       held.replace(part / MARK)
       for path in (*part.rglob("*"), part):
         _sync(path)
+      put(part, folder)
     except BaseException:
-      shutil.rmtree(part)
+      shutil.rmtree(part, ignore_errors=True)
       raise
-    if old.is_dir():
-      shutil.rmtree(old)
-    if folder.exists():
-      folder.rename(old)
-    part.rename(folder)
-    _sync(folder.parent)
-    if old.is_dir():
-      shutil.rmtree(old)

@@ -4,11 +4,15 @@ import concurrent.futures
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes, config, lazy, strides
-from hybridlm.config import ModelConfig, block_name
+from hybridlm.config import Mamba, ModelConfig, block_name
+from hybridlm.prune.cut import zero_axis
 from hybridlm.prune.plan import Plan
 
 # What is turned into canonical order at once for hashing, while the piece before is hashed.
@@ -79,6 +83,32 @@ def cut(
       source, keeps = path, plan.outside()
     made[path] = _cut_leaf(leaves[source], name, keeps)
   return small_cfg, made
+
+
+def mask_block(
+  cfg: ModelConfig, plan: Plan, index: int, folder: Mapping[str, Any]
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+  """Returns `(leaves, kept)` of one block that stays, as `cut.mask` gives them for the whole model.
+
+  Args:
+    cfg: the parent.
+    plan: what is kept of it.
+    index: the block, in the parent.
+    folder: its leaves by name.
+  """
+  masked = {}
+  for name, leaf in folder.items():
+    letters = axes.of(name)
+    for keep_name, keep in plan.inside(index).items():
+      if set(axes.of(keep_name)) <= set(letters):
+        leaf = zero_axis(leaf, letters, keep, axes.of(keep_name))
+    masked[name] = leaf
+  small = plan.small_config()
+  block = small.blocks[plan.blocks.index(index)]
+  kept: dict[str, Any] = {"count": jnp.float32(small.D), "inner": None}
+  if isinstance(cfg.blocks[index], Mamba):
+    kept["inner"] = {"count_G": jnp.full(block.G, block.H * block.P, jnp.float32)}
+  return masked, kept
 
 
 def _canonical(leaves: lazy.Leaves) -> Iterator[bytes | memoryview]:

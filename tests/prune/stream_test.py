@@ -84,6 +84,22 @@ def test_heads_are_kept_per_group_in_whatever_order_memory_holds_them():
     np.testing.assert_array_equal(got, want)
 
 
+def test_blocks_masked_one_by_one_are_the_blocks_of_the_masked_tree():
+  cfg = models.make("layernorm")
+  params = models.params(cfg)
+  plan = planned(cfg, params, TARGETS["all"])
+  masked, kept = cutting.mask(cfg, params, plan)
+  for index in plan.blocks:
+    name = block_name(index)
+    folder, counts = stream.mask_block(cfg, plan, index, params["blocks"][name])
+    assert folder.keys() == masked["blocks"][name].keys()
+    assert all(bool((folder[leaf] == masked["blocks"][name][leaf]).all()) for leaf in folder)
+    assert counts["count"] == kept["count"]
+    assert jax.tree.all(jax.tree.map(
+      lambda a, b: bool((a == b).all()), counts["inner"], kept["blocks"].get(name)
+    ))
+
+
 @pytest.mark.parametrize("piece", [24, 200, 1 << 20])
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_hash_of_leaves_read_one_by_one_is_the_hash_of_the_tree(order, piece, monkeypatch):

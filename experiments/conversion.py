@@ -1,0 +1,220 @@
+"""Models from one format to another, whole or cut by a plan, without ever being in memory."""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import numpy as jnp
+
+from experiments import artefacts, comparison
+from hybridlm import config, lazy
+from hybridlm.config import ModelConfig
+from hybridlm.interop import folders, gguf, huggingface, native
+from hybridlm.prune import stream
+from hybridlm.prune.plan import Plan
+
+FORMATS = ("hf", "hybridlm")
+DTYPES = ("float32", "bfloat16")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = "generation_config.json"
+# What stays in float32 in a folder of ours, whatever the dtype asked for: all but these.
+CAST = ("w_", "conv_x", "conv_b", "conv_c")
+
+
+class Job(NamedTuple):
+  """What a conversion is asked for; the fields are the command's flags."""
+
+  source: str
+  target: str
+  format: str = "hf"
+  family: str | None = None
+  plan: str | None = None
+  dtype: str | None = None
+
+
+class Report(NamedTuple):
+  """What a conversion did: seconds of each part, bytes of the leaves, and the error seen.
+
+  `hash_s` is 0 without a plan; `error` is the largest difference of the outputs compared, as a
+  share of the largest output.
+  """
+
+  hash_s: float
+  write_s: float
+  verify_s: float
+  read_bytes: int
+  written_bytes: int
+  error: float
+
+
+def open_source(path: str | os.PathLike) -> tuple[ModelConfig, lazy.Leaves]:
+  """Returns the config and the leaves of whatever a path holds.
+
+  Raises:
+    FileNotFoundError: there is nothing.
+    ValueError: it is nothing that can be read, or it is damaged.
+  """
+  path = pathlib.Path(path)
+  if path.is_file():
+    return gguf.open(path)
+  if not path.is_dir():
+    raise FileNotFoundError(f"{path}: no such file or folder")
+  if (path / huggingface.CONFIG).is_file():
+    return huggingface.open(path)
+  if all((path / name).is_file() for name in artefacts.MODEL):
+    cfg, params = artefacts.load_model(path)
+    return cfg, lazy.of(params)
+  if (path / native.FILE).is_file():
+    return native.open(path)
+  raise ValueError(
+    f"{path}: holds no model: neither {huggingface.CONFIG} nor {native.FILE} is there"
+  )
+
+
+def convert(job: Job, *, say: Callable[[str], None]) -> Report:
+  """Writes the target, verifies it, puts it in place, and returns what that took.
+
+  Raises:
+    ValueError: the source, the plan or the target cannot be used as asked; nothing is written.
+    FileNotFoundError: the source or the plan is not there.
+    RuntimeError: what was written is not what was read; it is removed.
+  """
+  target = pathlib.Path(os.path.abspath(job.target))
+  folders.check_target(target)
+  plan = None if job.plan is None else Plan.load(job.plan)
+  cfg, leaves = open_source(job.source)
+  say(f"source: {_describe(cfg, leaves)}")
+  small_cfg, small = (cfg, leaves) if plan is None else stream.cut(cfg, leaves, plan)
+  _check_format(job, small_cfg)
+  with _texts(job.source) as texts:
+    folders.check_tokenizer(texts, small_cfg.real_vocabulary)
+    seconds = _check_plan(job, leaves, plan)
+    if plan is None:
+      small = {path: comparison.finite(path, leaf, job.source) for path, leaf in small.items()}
+    else:
+      say(f"plan: made for this source; hashing it took {seconds:.1f} s")
+    written = target.with_name(f"{target.name}.unverified")
+    begin = time.monotonic()
+    _write(job, written, small_cfg, small, texts)
+  middle = time.monotonic()
+  try:
+    got_cfg, got = open_source(written)
+    source = comparison.Side(cfg, leaves)
+    error = comparison.compare(
+      source, comparison.Side(got_cfg, got), plan, narrowed=_narrowed(job, leaves)
+    )
+    folders.put(written, target)
+  except BaseException:
+    shutil.rmtree(written, ignore_errors=True)
+    raise
+  end = time.monotonic()
+  report = Report(seconds, middle - begin, end - middle, _bytes(leaves), _bytes(got), error)
+  _tell(job, report, got_cfg, got, say)
+  return report
+
+
+def _describe(cfg: ModelConfig, leaves: lazy.Leaves) -> str:
+  dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
+  return (
+    f"{config.parameters(cfg) / 1e6:,.1f} M parameters, {_bytes(leaves) / 1e9:.2f} GB of {dtypes}, "
+    f"D={cfg.D}, {len(cfg.blocks)} blocks {cfg.pattern}"
+  )
+
+
+def _bytes(leaves: lazy.Leaves) -> int:
+  return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves.values())
+
+
+def _tell(job: Job, report: Report, cfg: ModelConfig, leaves: lazy.Leaves, say) -> None:
+  say(f"target: {_describe(cfg, leaves)}; written in {report.write_s:.1f} s")
+  say(f"verified in {report.verify_s:.1f} s: largest difference of outputs {report.error:.1e}")
+  if job.format == "hf":
+    for note in huggingface.serving_notes(cfg):
+      say(f"note: {note}")
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+  say(f"{job.target}: done; peak resident memory {peak:.2f} GB")
+
+
+def _check_format(job: Job, cfg: ModelConfig) -> None:
+  """Raises unless the format asked for can hold the model."""
+  if job.format == "hf":
+    huggingface.describe(cfg, job.family)
+  elif job.family is not None:
+    raise ValueError(f"--family={job.family} needs --format=hf: our own folders hold any model")
+
+
+def _check_plan(job: Job, leaves: lazy.Leaves, plan: Plan | None) -> float:
+  """Returns the seconds that hashing the source took; every leaf is seen to be finite on the way.
+
+  Raises:
+    ValueError: the plan was made for other parameters, or a leaf is not finite.
+  """
+  if plan is None:
+    return 0.0
+  begin = time.monotonic()
+  seen = {path: comparison.finite(path, leaf, job.source) for path, leaf in leaves.items()}
+  stream.check_source(seen, plan)
+  return time.monotonic() - begin
+
+
+def _narrowed(job: Job, leaves: lazy.Leaves) -> bool:
+  """Whether the target holds fewer digits than the source."""
+  wide = any(leaf.dtype == np.float32 for leaf in leaves.values())
+  return job.dtype == "bfloat16" and wide
+
+
+def _write(
+  job: Job, target: pathlib.Path, cfg: ModelConfig, leaves: lazy.Leaves, texts: pathlib.Path
+) -> None:
+  if job.format == "hf":
+    published = (pathlib.Path(job.source) / huggingface.CONFIG).is_file()
+    # A published source's own family is the first choice; None lets `like` say it.
+    family = job.family if published else huggingface.describe(cfg, job.family)[0]
+    huggingface.write(target, cfg, leaves, family=family, like=texts, dtype=job.dtype)
+    return
+  if job.dtype is not None:
+    cfg = cfg.replace(dtype=job.dtype)
+    leaves = {path: _cast(path, leaf, job.dtype) for path, leaf in leaves.items()}
+  native.write(target, cfg, leaves, like=texts)
+
+
+def _cast(path: str, leaf: lazy.Leaf, dtype: str) -> lazy.Leaf:
+  """Returns a leaf in another dtype; gains, biases and what a scan reads keep float32."""
+  multiplied = path.rpartition("/")[2].startswith(CAST)
+  chosen = np.dtype(jnp.dtype(dtype if multiplied else "float32"))
+  if chosen == leaf.dtype or (not multiplied and dtype == "bfloat16"):
+    return leaf
+  return lazy.Leaf(leaf.shape, chosen, lambda: leaf.read().astype(chosen))
+
+
+@contextlib.contextmanager
+def _texts(source: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a folder with what goes beside the weights: tokenizer files and the special ids."""
+  with tempfile.TemporaryDirectory() as name:
+    texts, source = pathlib.Path(name), pathlib.Path(source)
+    plain: dict[str, Any] = {}
+    if source.is_file():
+      for file, content in gguf.files(source).items():
+        (texts / file).write_text(content, "utf-8")
+    else:
+      folders.carry(source, texts)
+      if (source / huggingface.CONFIG).is_file():
+        plain = folders.read_json(source, huggingface.CONFIG)
+    stated = folders.read_json(texts, GENERATION) if (texts / GENERATION).is_file() else {}
+    plain = {**_ids(stated), **plain, **_ids(plain)}
+    (texts / huggingface.CONFIG).write_text(json.dumps(plain), "utf-8")
+    if _ids(plain) and not stated:
+      (texts / GENERATION).write_text(json.dumps(_ids(plain), indent=1) + "\n", "utf-8")
+    yield texts
+
+
+def _ids(plain: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: plain[key] for key in TOKEN_IDS if plain.get(key) is not None}
