@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hybridlm.config import Mamba, ModelConfig
+from hybridlm.nn.cache import MambaState
 from hybridlm.ops import norm
-from hybridlm.ops.conv import causal_conv
+from hybridlm.ops.conv import causal_conv, causal_conv_step
+from hybridlm.ops.ssd import step as recurrence
 from hybridlm.ops.ssd.api import ssd
 
 
@@ -20,6 +22,30 @@ def step_size(
   """Returns dt = clip(softplus(raw + bias), limits) in float32, in prefill and decode alike."""
   dt_BLGH = jax.nn.softplus(raw_BLGH.astype(jnp.float32) + dt_bias_GH)
   return jnp.clip(dt_BLGH, *limits)
+
+
+def rates(leaves: Mapping[str, jax.Array]) -> Float[Array, "G H"]:
+  """Returns A, negative, in float32."""
+  return -jnp.exp(leaves["a_log_GH"].astype(jnp.float32))
+
+
+def finish(
+  cfg: ModelConfig,
+  leaves: Mapping[str, jax.Array],
+  y_BLGHP: Float[Array, "B L G H P"],
+  u_BLGHP: Float[Array, "B L G H P"],
+  z_BLGHP: Float[Array, "B L G H P"],
+  *,
+  count_G: Float[Array, "G"] | None = None,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B L G H P"]]:
+  """Returns the output of the mixer and of its gated norm; `u_BLGHP` is what the scan has read."""
+  skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
+  y_BLGHP = (y_BLGHP.astype(jnp.float32) + skipped_BLGHP).astype(u_BLGHP.dtype)
+  y_BLGHP = norm.gated_rms_norm(
+    y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=count_G
+  )
+  w_out_GHPD = leaves["w_out_GHPD"].astype(u_BLGHP.dtype)
+  return jnp.einsum("BLGHP,GHPD->BLD", y_BLGHP, w_out_GHPD), y_BLGHP
 
 
 def mix(
@@ -57,16 +83,111 @@ def mix(
   y_BLGHP, _ = ssd(
     u_BLGHP,
     step_size(dt_BLGH, leaves["dt_bias_GH"], block.dt_limits),
-    -jnp.exp(leaves["a_log_GH"].astype(jnp.float32)),
+    rates(leaves),
     conv(b_BLGN, "b", "GN"),
     conv(c_BLGN, "c", "GN"),
     segment_BL=segment_BL,
     impl=cfg.ssd,
     chunk=cfg.chunk,
   )
-  skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
-  y_BLGHP = (y_BLGHP.astype(jnp.float32) + skipped_BLGHP).astype(x_BLD.dtype)
-  y_BLGHP = norm.gated_rms_norm(
-    y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=(count or {}).get("count_G")
+  count_G = (count or {}).get("count_G")
+  y_BLD, y_BLGHP = finish(cfg, leaves, y_BLGHP, u_BLGHP, z_BLGHP, count_G=count_G)
+  return y_BLD, seen | {"y_BLGHP": y_BLGHP}
+
+
+def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
+  """Returns the leaves as `prefill` and `step` read them: z|x|b|c|dt joined, and x|b|c of the conv.
+
+  Joined channels have no letter: `w_in` has shape [D, channels], `taps` [W, channels].
+  """
+  ins = [leaves[f"w_{stem}"] for stem in ("z_DGHP", "x_DGHP", "b_DGN", "c_DGN", "dt_DGH")]
+  taps = [leaves[f"conv_{stem}"] for stem in ("x_WGHP", "b_WGN", "c_WGN")]
+  biases = [leaves.get(f"conv_bias_{stem}") for stem in ("x_GHP", "b_GN", "c_GN")]
+  joined = {
+    "w_in": jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in ins], axis=1),
+    "taps": jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in taps], axis=1),
+    "w_out_GHPD": leaves["w_out_GHPD"],
+  }
+  if biases[0] is not None:
+    joined["conv_bias"] = jnp.concatenate([leaf.ravel() for leaf in biases])
+  kept = ("dt_bias_GH", "a_log_GH", "skip_GH", "gate_gain_GHP")
+  cast = {name: leaf.astype(dtype) for name, leaf in joined.items()}
+  return cast | {name: leaves[name] for name in kept}
+
+
+def _project(block, leaves, x_BLD):
+  """Returns z, the joined inputs of the convolutions, and dt before its bias in float32."""
+  y_BL = jnp.einsum(
+    "BLD,Di->BLi", x_BLD, leaves["w_in"], preferred_element_type=jnp.float32
   )
-  return jnp.einsum("BLGHP,GHPD->BLD", y_BLGHP, cast["w_out_GHPD"]), seen | {"y_BLGHP": y_BLGHP}
+  inner, state = block.G * block.H * block.P, block.G * block.N
+  z_BL, conv_BL, dt_BL = jnp.split(y_BL, [inner, 2 * (inner + state)], axis=2)
+  z_BLGHP = z_BL.reshape(*z_BL.shape[:2], block.G, block.H, block.P).astype(x_BLD.dtype)
+  dt_BLGH = dt_BL.reshape(*dt_BL.shape[:2], block.G, block.H)
+  dt_BLGH = step_size(dt_BLGH, leaves["dt_bias_GH"], block.dt_limits)
+  return z_BLGHP, conv_BL.astype(x_BLD.dtype), dt_BLGH
+
+
+def _split(block, conv_BL):
+  """Returns x, b and c of joined channels."""
+  inner, state = block.G * block.H * block.P, block.G * block.N
+  u_BL, b_BL, c_BL = jnp.split(conv_BL, [inner, inner + state], axis=2)
+  lead = conv_BL.shape[:2]
+  return (
+    u_BL.reshape(*lead, block.G, block.H, block.P),
+    b_BL.reshape(*lead, block.G, block.N),
+    c_BL.reshape(*lead, block.G, block.N),
+  )
+
+
+def prefill(
+  cfg: ModelConfig,
+  block: Mamba,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B L D"],
+  length_B: Int[Array, "B"],
+  *,
+  size: int,
+) -> tuple[Float[Array, "B L D"], MambaState]:
+  """Returns the mixer's output and the state after each row's `length_B` tokens.
+
+  `leaves` are `join`ed. Steps after a row's end have dt = 0, which leaves its state as it is.
+  `size` is not used: the state has a size of its own.
+  """
+  z_BLGHP, conv_BL, dt_BLGH = _project(block, leaves, x_BLD)
+  u_BL = jax.nn.silu(causal_conv(conv_BL, leaves["taps"], leaves.get("conv_bias")))
+  u_BLGHP, b_BLGN, c_BLGN = _split(block, u_BL)
+  real_BL = jnp.arange(x_BLD.shape[1]) < length_B[:, None]
+  dt_BLGH = jnp.where(real_BL[..., None, None], dt_BLGH, 0)
+  y_BLGHP, ssm_BGHPN = ssd(
+    u_BLGHP, dt_BLGH, rates(leaves), b_BLGN, c_BLGN, impl=cfg.ssd, chunk=cfg.chunk
+  )
+  y_BLD, _ = finish(cfg, leaves, y_BLGHP, u_BLGHP, z_BLGHP)
+  last_BW = length_B[:, None] + jnp.arange(1 - block.W, 0)
+  conv_BW = jnp.take_along_axis(conv_BL, jnp.maximum(last_BW, 0)[..., None], axis=1)
+  return y_BLD, MambaState(jnp.where(last_BW[..., None] >= 0, conv_BW, 0), ssm_BGHPN)
+
+
+def step(
+  cfg: ModelConfig,
+  block: Mamba,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B 1 D"],
+  state: MambaState,
+  position_B: Int[Array, "B"],
+) -> tuple[Float[Array, "B 1 D"], MambaState]:
+  """Returns the mixer's output for one more token a row, and the state after it.
+
+  `leaves` are `join`ed. `position_B` is not used: a recurrence does not count.
+  """
+  z_BLGHP, conv_BL, dt_BLGH = _project(block, leaves, x_BLD)
+  u_B, conv_BW = causal_conv_step(
+    conv_BL[:, 0], leaves["taps"], leaves.get("conv_bias"), state.conv_BW
+  )
+  u_BLGHP, b_BLGN, c_BLGN = _split(block, jax.nn.silu(u_B)[:, None])
+  now = (v[:, 0] for v in (b_BLGN, c_BLGN))
+  y_BGHP, ssm_BGHPN = recurrence.step(
+    u_BLGHP[:, 0], dt_BLGH[:, 0], rates(leaves), *now, state.ssm_BGHPN
+  )
+  y_BLD, _ = finish(cfg, leaves, y_BGHP[:, None], u_BLGHP, z_BLGHP)
+  return y_BLD, MambaState(conv_BW, ssm_BGHPN)

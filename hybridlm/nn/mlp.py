@@ -36,3 +36,34 @@ def mix(
   if block.bias:
     y_BLD = y_BLD + cast["b_down_D"]
   return y_BLD, {"up_BLF": up_BLF, "act_BLF": act_BLF}
+
+
+def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
+  """Returns the leaves as `serve` reads them: the projections of gate and up joined.
+
+  `w_in` has shape [D, channels]: the gate's F, if there is one, then up's F.
+  """
+  stems = [stem for stem in ("gate", "up") if f"w_{stem}_DF" in leaves]
+  joined = {
+    "w_in": jnp.concatenate([leaves[f"w_{stem}_DF"] for stem in stems], axis=1),
+    "w_down_FD": leaves["w_down_FD"],
+  }
+  if "b_down_D" in leaves:
+    joined["b_in"] = jnp.concatenate([leaves[f"b_{stem}_F"] for stem in stems])
+    joined["b_down_D"] = leaves["b_down_D"]
+  return {name: leaf.astype(dtype) for name, leaf in joined.items()}
+
+
+def serve(
+  block: Mlp, leaves: Mapping[str, jax.Array], x_BLD: Float[Array, "B L D"]
+) -> Float[Array, "B L D"]:
+  """Returns the layer's output for a normed input; `leaves` are `join`ed."""
+  y_BL = jnp.einsum("BLD,Di->BLi", x_BLD, leaves["w_in"])
+  y_BL = y_BL + leaves["b_in"] if block.bias else y_BL
+  if block.activation == "relu2":
+    act_BLF = jnp.square(jax.nn.relu(y_BL))
+  else:
+    gate_BLF, up_BLF = jnp.split(y_BL, 2, axis=2)
+    act_BLF = jax.nn.silu(gate_BLF) * up_BLF
+  y_BLD = jnp.einsum("BLF,FD->BLD", act_BLF, leaves["w_down_FD"])
+  return y_BLD + leaves["b_down_D"] if block.bias else y_BLD

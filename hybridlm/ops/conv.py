@@ -33,6 +33,23 @@ def causal_conv(
   return (y_BL if bias is None else y_BL + bias).astype(x_BL.dtype)
 
 
+def causal_conv_step(
+  x_B: Float[Array, "B *channels"],
+  taps_W: Float[Array, "W *channels"],
+  bias: Float[Array, "*channels"] | None,
+  state: Float[Array, "B _ *channels"],
+) -> tuple[Float[Array, "B *channels"], Float[Array, "B _ *channels"]]:
+  """Returns y of one more position in x's dtype, and its state: the last W - 1 inputs.
+
+  The same as `causal_conv` with L = 1; every channel axis follows B (and W).
+  """
+  dtype = jnp.promote_types(x_B.dtype, jnp.float32)
+  seen_BW = jnp.concatenate([state.astype(x_B.dtype), x_B[:, None]], axis=1)
+  # One sum, not W terms: XLA on CPU keeps its result, and computes terms again for every reader.
+  y_B = jnp.sum(seen_BW.astype(dtype) * taps_W.astype(dtype), axis=1)
+  return (y_B if bias is None else y_B + bias).astype(x_B.dtype), seen_BW[:, 1:]
+
+
 @jax.custom_vjp
 def _convolve(padded, taps_W, run_BL):
   """Returns y of x behind its W - 1 earlier inputs.

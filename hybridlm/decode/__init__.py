@@ -1,0 +1,1 @@
+"""Text one token after another; the model is an argument."""

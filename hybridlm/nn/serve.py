@@ -1,0 +1,96 @@
+"""Decoding: a prompt at once by the chunked scan, then one token a call from constant-size states.
+
+Pure functions over the canonical tree, or over what `fuse` has made of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hybridlm.config import Attention, Mamba, Mlp, ModelConfig, block_name
+from hybridlm.nn import attention, lm, mamba, mlp, norm
+from hybridlm.nn.cache import Cache
+
+JOIN = {Mamba: mamba.join, Attention: attention.join, Mlp: mlp.join}
+PREFILL = {Mamba: mamba.prefill, Attention: attention.prefill}
+STEP = {Mamba: mamba.step, Attention: attention.step}
+NORMS = ("norm_gain_D", "norm_bias_D")
+
+
+def fuse(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the weights as decoding reads them fastest: projections joined, in the compute dtype.
+
+  What is fused already comes back as it is. Worth its copy where many tokens follow.
+  """
+  if "weights" in params:
+    return dict(params)
+  blocks = []
+  for index, block in enumerate(cfg.blocks):
+    leaves = params["blocks"][block_name(index)]
+    norms = {name: leaves[name] for name in NORMS if name in leaves}
+    blocks.append(norms | JOIN[type(block)](leaves, cfg.dtype))
+  embed_VD = params["embed"]["w_embed_VD"].astype(cfg.dtype)
+  head_DV = embed_VD.T if cfg.tied else params["head"]["w_head_DV"].astype(cfg.dtype)
+  return {"weights": blocks, "embed_VD": embed_VD, "head_DV": head_DV, "final": params["final"]}
+
+
+def prefill(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  token_BL: Int[Array, "B L"],
+  length_B: Int[Array, "B"],
+  *,
+  size: int,
+) -> tuple[Float[Array, "B V"], Cache]:
+  """Returns float32 logits after each row's last real token, and the state there.
+
+  Args:
+    cfg: the model.
+    params: its canonical tree, or what `fuse` returned.
+    token_BL: prompts on the left, any ids below V on the right.
+    length_B: real tokens of each row, from 1 to L.
+    size: tokens a row can have in all, prompt included; bounds what attention remembers.
+  """
+  weights = fuse(cfg, params)
+  x_BLD = weights["embed_VD"][token_BL]
+  states = []
+  for block, leaves in zip(cfg.blocks, weights["weights"], strict=True):
+    norm_BLD = norm.residual(cfg, leaves, x_BLD, None)
+    if isinstance(block, Mlp):
+      y_BLD, state = mlp.serve(block, leaves, norm_BLD), None
+    else:
+      y_BLD, state = PREFILL[type(block)](cfg, block, leaves, norm_BLD, length_B, size=size)
+    x_BLD = x_BLD + y_BLD
+    states.append(state)
+  last_BLD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)
+  return _logits(cfg, weights, last_BLD), Cache(tuple(states), length_B.astype(jnp.int32))
+
+
+def step(
+  cfg: ModelConfig, params: Mapping[str, Any], cache: Cache, token_B: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], Cache]:
+  """Returns float32 logits after one more token a row, and the state there.
+
+  `params` are those of `prefill`. A row that goes on beyond the cache's size forgets its oldest
+  positions, in attention without a window too: the caller keeps within `size`.
+  """
+  weights = fuse(cfg, params)
+  x_BLD = weights["embed_VD"][token_B][:, None]
+  states = []
+  for block, leaves, state in zip(cfg.blocks, weights["weights"], cache.blocks, strict=True):
+    norm_BLD = norm.residual(cfg, leaves, x_BLD, None)
+    if isinstance(block, Mlp):
+      y_BLD = mlp.serve(block, leaves, norm_BLD)
+    else:
+      y_BLD, state = STEP[type(block)](cfg, block, leaves, norm_BLD, state, cache.length_B)
+    x_BLD = x_BLD + y_BLD
+    states.append(state)
+  return _logits(cfg, weights, x_BLD), Cache(tuple(states), cache.length_B + 1)
+
+
+def _logits(cfg, weights, x_BLD):
+  """Returns the logits of rows with one position."""
+  hidden_BLD = norm.residual(cfg, weights["final"], x_BLD, None)
+  return lm.logits(cfg, hidden_BLD, weights["head_DV"])[:, 0]
