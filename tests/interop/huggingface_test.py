@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 
 import jax.numpy as jnp
@@ -10,12 +11,18 @@ import pytest
 
 from cases import checkpoints, models
 from cases.checkpoints import GOLDEN, edited
+from experiments.mistakes import is_mistake
 from hybridlm import config, lazy
 from hybridlm.config import Llama3Scaling, Rope
 from hybridlm.interop import huggingface, safetensors
 
 HYBRID = GOLDEN / "nemotron_h_g2"
 WORDS = {"linear_attention": "mamba", "full_attention": "attention", "mlp": "mlp"}
+ODD = (
+  None, True, 0, -1, 3, 10**9, 10**400, 1.5, 1e308, math.inf, math.nan, "", "auto", "x" * 5000, [],
+  [1], ["mlp"], [math.nan, 1], {}, {"rope_type": "llama3"}, {"__float__": "NaN"}, [[[[]]]],
+)
+EXTRA = {"rope_scaling", "rope_theta", "layer_types", "partial_rotary_factor", "ssm_cfg"}
 # Golden folder, keys to change (None: to remove), what the one line must say.
 REFUSED = {
   "no type": ("llama3", {"model_type": None}, "model_type=None is not one of mamba2, nemotron_h"),
@@ -119,6 +126,33 @@ def test_older_rotary_keys_describe_the_same_model(tmp_path):
   assert huggingface.open(folder)[0].blocks[0].rope == Rope(
     5000.0, scaling=Llama3Scaling(factor=4.0, low=1.0, high=4.0, context=16)
   )
+
+
+@pytest.mark.parametrize("name", checkpoints.GOLDENS)
+def test_any_value_of_any_key_is_one_clear_line_or_a_model(name, tmp_path):
+  rng, refused = random.Random(name), 0
+  plain = json.loads((GOLDEN / name / "config.json").read_text())
+  shutil.copytree(GOLDEN / name, tmp_path / "in")
+  for key in sorted(plain.keys() | EXTRA):
+    value = rng.choice(ODD)
+    (tmp_path / "in" / "config.json").write_text(json.dumps(plain | {key: value}))
+    try:
+      cfg, leaves = huggingface.open(tmp_path / "in")
+    except (ValueError, FileNotFoundError) as error:
+      assert is_mistake(error), (key, value)
+      assert "\n" not in str(error) and len(str(error)) < 600
+      refused += 1
+    else:
+      config.check(cfg, lazy.tree(leaves))
+  assert refused > 5
+
+
+def test_the_list_of_layers_is_written_in_the_form_that_every_reader_knows(tmp_path):
+  cfg, leaves = huggingface.open(HYBRID)
+  huggingface.write(tmp_path / "out", cfg, leaves)
+  plain = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert plain["hybrid_override_pattern"] == "M-M*-" and plain["num_hidden_layers"] == 5
+  assert not {"layers_block_type", "layer_types"} & set(plain)
 
 
 def test_infinity_is_read_and_written_as_an_object(tmp_path):

@@ -98,7 +98,9 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
     **parts.describe_mamba(mamba, KEYS),
     **parts.describe_attention(block(cfg, "*", ATTENTION)),
     "tie_word_embeddings": False,
-    "layers_block_type": [WORDS[letter] for letter in cfg.pattern],
+    # transformers 5 reads both forms of the list of layers, vLLM and the published code this one.
+    "hybrid_override_pattern": cfg.pattern,
+    "num_hidden_layers": len(cfg.blocks),
     "intermediate_size": mlp.F,
     "mlp_hidden_act": mlp.activation,
     "mlp_bias": mlp.bias,
