@@ -41,7 +41,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.seed = 0
 
   c.data = ml_collections.ConfigDict()
-  c.data.tokenizer = "bytes"  # or a packaged one, or a JSON file of the tokenizers library
+  # A packaged one, a JSON file of the tokenizers library, or what an imported teacher brings along.
+  c.data.tokenizer = "bytes"  # or "sotu_1024", a path, "teacher"
+  c.data.end = config_dict.placeholder(str)  # its token that ends a document; unset: its own
   c.data.length = 128  # tokens a row, L
   c.data.sources = ml_collections.ConfigDict()
   c.data.sources.main = source("sotu")
@@ -61,7 +63,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.chunk = config_dict.placeholder(int)
 
   c.teacher = training(steps=1000, peak=3e-3)
-  c.teacher.path = ""  # a folder with a trained model; empty: pretrain one, once, and cache it
+  # A Hugging Face folder, one of ours, or a GGUF file; "package:NAME/FILE" lies in an installed
+  # package. Empty: pretrain a teacher, once, and cache it.
+  c.teacher.path = ""
 
   c.calibrate = ml_collections.ConfigDict()
   c.calibrate.estimator = "activation"
@@ -75,15 +79,20 @@ def get_config() -> ml_collections.ConfigDict:
   c.plan.path = ""  # a manifest to replay on the same teacher, with every target unset
 
   c.targets = ml_collections.ConfigDict()
-  # Sizes of the small model; unset: the parent's. `blocks` is how many blocks stay.
-  # H is heads a group, `heads` heads a block: one size in two units.
-  for name in ("D", "F", "H", "heads", "P", "J", "blocks"):
+  # Sizes of the small model; unset: the parent's. `blocks` is how many blocks stay, `layers` how
+  # many pairs of a mixer and an MLP. H is heads a group, `heads` heads a block: two units.
+  for name in ("D", "F", "H", "heads", "P", "J", "blocks", "layers"):
     c.targets[name] = config_dict.placeholder(int)
 
   c.distil = training(steps=400, peak=2e-3)
   c.distil.temperature = 1.0
   c.distil.kl = 1.0
   c.distil.ce = 0.0
+
+  # "hf" writes the distilled model as a Hugging Face folder, by the name of a family or the first
+  # that can express it, and loads it back.
+  c.export = ml_collections.ConfigDict(
+    {"format": "none", "family": config_dict.placeholder(str)})
 
   # The same sizes from scratch on the tokens distillation saw; "none" leaves the baseline out.
   c.scratch = ml_collections.ConfigDict({"run": "same", "peak": 3e-3})

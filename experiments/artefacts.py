@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -11,13 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.mistakes import about
-from hybridlm import axes, config
+from hybridlm import lazy
 from hybridlm.config import ModelConfig
+from hybridlm.interop import native
 
-MODEL = ("model.json", "params.npz")
+MODEL = "model"  # the folder of a stage that holds its model
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
@@ -125,50 +123,35 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     os.close(handle)
 
 
-def save_model(folder: pathlib.Path, cfg: ModelConfig, params: Mapping[str, Any]) -> None:
-  """Writes a model as `model.json` and `params.npz`, leaves by their path in the tree."""
-  held = io.BytesIO()
-  np.savez(held, **{path: np.asarray(leaf) for path, leaf in axes.leaves(params)})
-  write_bytes(folder / MODEL[1], held.getvalue())
-  write_json(folder / MODEL[0], cfg.to_dict())
+def save_model(
+  folder: pathlib.Path, cfg: ModelConfig, params: Mapping[str, Any], *,
+  like: pathlib.Path | None = None,
+) -> None:
+  """Writes a model into the folder `model` of a stage's folder, whole or not at all.
+
+  like: a folder whose tokenizer files lie beside the weights; None, or a folder that is not there:
+  none do.
+  """
+  like = like if like is not None and like.is_dir() else None
+  native.write(folder / MODEL, cfg, lazy.of(params), like=like)
 
 
 def load_model_config(folder: pathlib.Path) -> ModelConfig:
-  """Returns the config of the model a folder holds.
+  """Returns the config of the model that a stage's folder holds.
 
   Raises:
     FileNotFoundError: the folder holds no model.
     ValueError: it is not a model's config.
   """
-  path = folder / MODEL[0]
-  with about(str(path)):
-    return ModelConfig.from_dict(read_json(path))
+  return native.read_config(folder / MODEL)
 
 
 def load_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-  """Returns the config and the parameters a folder holds.
+  """Returns the config and the parameters of the model that a stage's folder holds.
 
   Raises:
     FileNotFoundError: the folder holds no model.
     ValueError: a file is damaged, or the parameters are not the config's tree.
   """
-  cfg = load_model_config(folder)
-  path = folder / MODEL[1]
-  if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such file")
-  try:
-    # Opened here: np.load leaves a file that is no archive open.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-      flat = {name: held[name] for name in held.files}
-  except Exception as error:  # zip, header and array errors are of many types
-    raise ValueError(f"{path} is damaged or not a parameter file: {error}") from error
-  params: dict[str, Any] = {}
-  for name, leaf in flat.items():
-    *folders, last = name.split("/")
-    place = params
-    for part in folders:
-      place = place.setdefault(part, {})
-    place[last] = jnp.asarray(leaf)
-  with about(str(path)):
-    config.check(cfg, params)
-  return cfg, params
+  cfg, leaves = native.open(folder / MODEL)
+  return cfg, lazy.tree({path: jnp.asarray(leaf.read()) for path, leaf in leaves.items()})

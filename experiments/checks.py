@@ -9,11 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from experiments import exchange
 from experiments.mistakes import about
 from hybridlm import axes, config
 from hybridlm.config import Mamba, ModelConfig
 from hybridlm.data.pipeline import Corpus
 from hybridlm.eval import ngram
+from hybridlm.interop.families import FAMILIES
 from hybridlm.prune import depth as depths
 from hybridlm.prune import scores as scoring
 from hybridlm.train import mesh as meshes
@@ -73,7 +75,8 @@ def _names(c: ConfigDict) -> None:
   choices = {
     "calibrate.estimator": scoring.ESTIMATORS, "calibrate.depth": (None, *depths.ESTIMATORS),
     "evaluate.inside": sorted(c.data.sources), "evaluate.outside": sorted(c.data.sources),
-    "scratch.run": ("same", "none"),
+    "scratch.run": ("same", "none"), "export.format": exchange.FORMATS,
+    "export.family": (None, *(name for name, each in FAMILIES.items() if each.describe)),
   }
   for path, known in choices.items():
     value = _value(c, path)

@@ -1,10 +1,11 @@
 """The stages of the main job: teacher, scores, plan, cut, distillation, baselines, evaluation."""
 
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import hybridlm
@@ -12,6 +13,7 @@ from experiments import (
   artefacts,
   cli,
   evaluation,
+  exchange,
   findings,
   report,
   settings,
@@ -39,7 +41,7 @@ def build(s: Setup) -> list[Stage]:
   planned = [_plan(s), _calibrate(s)] if s.c.plan.path else [_calibrate(s), _plan(s)]
   made = [
     _teacher(s), *planned, _cut(s), _ngrams(s),
-    _evaluate(s, "evaluate_cut", BEFORE), _distil(s),
+    _evaluate(s, "evaluate_cut", BEFORE), _distil(s), _export(s),
   ]
   trained = {"distilled": "distil"}
   if s.c.scratch.run == "same":
@@ -68,16 +70,14 @@ def _recipe(run: ConfigDict) -> dict[str, Any]:
 
 def _teacher(s: Setup) -> Stage:
   run = s.c.teacher
-  if run.path:
-    source = pathlib.Path(run.path)
+  if s.source is not None:
+    source = s.source
 
-    def load(folder: pathlib.Path, inputs: Inputs) -> None:
-      artefacts.load_model(source)
-      for name in artefacts.MODEL:
-        shutil.copyfile(source / name, folder / name)
+    def bring(folder: pathlib.Path, inputs: Inputs) -> None:
+      exchange.bring(folder, source, s.cfg)
 
-    files = {name: artefacts.file_hash(source / name) for name in artefacts.MODEL}
-    return Stage("teacher", {"files": files}, load)
+    values = {"files": exchange.fingerprints(source), "model": s.cfg.to_dict()}
+    return Stage("teacher", values, bring, version=2)
 
   def pretrain(folder: pathlib.Path, inputs: Inputs) -> None:
     recipe = training.Recipe(
@@ -92,7 +92,7 @@ def _teacher(s: Setup) -> Stage:
     "model": s.cfg.to_dict(), "training": _recipe(run), "seed": s.c.seed,
     "data": s.train_data(run, s.c.seed),
   }
-  return Stage("teacher", values, pretrain, home=s.cache)
+  return Stage("teacher", values, pretrain, version=2, home=s.cache)
 
 
 def _calibrate(s: Setup) -> Stage:
@@ -140,12 +140,14 @@ def _cut(s: Setup) -> Stage:
   def cut(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg, params = artefacts.load_model(inputs["teacher"])
     plan = Plan.load(inputs["plan"] / "plan.json")
+    with about("export"):
+      exchange.check(plan.small_config(), s.c.export.format, s.c.export.family)
     small_cfg, small = hybridlm.cut(cfg, params, plan)
-    artefacts.save_model(folder, small_cfg, small)
+    artefacts.save_model(folder, small_cfg, small, like=inputs["teacher"] / exchange.LIKE)
     error = api.verify(cfg, params, plan, small_cfg, small)
     artefacts.write_json(folder / "verified.json", {"masked_against_cut": error})
 
-  return Stage("cut", {}, cut, needs=("teacher", "plan"))
+  return Stage("cut", {}, cut, needs=("teacher", "plan"), version=2)
 
 
 def _ngrams(s: Setup) -> Stage | None:
@@ -210,22 +212,39 @@ def _distil(s: Setup) -> Stage:
   def distil(folder: pathlib.Path, inputs: Inputs) -> None:
     teacher_cfg, teacher = artefacts.load_model(inputs["teacher"])
     cfg, params = artefacts.load_model(inputs["cut"])
+    # Imported weights may be bfloat16; the optimiser needs float32.
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     recipe = training.Recipe(
       cfg=cfg, params=params, loss_fn=hybridlm.distillation_loss(cfg, teacher_cfg, **loss),
       frozen=teacher, train=s.train_batches(run, s.c.seed + 1),
-      valid=s.validation(run),
+      valid=s.validation(run), like=inputs["teacher"] / exchange.LIKE,
     )
     training.train(folder, recipe, run, s.grid)
 
   values = {"training": _recipe(run), "data": s.train_data(run, s.c.seed + 1)}
-  return Stage("distil", values, distil, needs=("teacher", "cut"))
+  return Stage("distil", values, distil, needs=("teacher", "cut"), version=2)
+
+
+def _export(s: Setup) -> Stage | None:
+  if s.c.export.format == "none":
+    return None
+
+  def export(folder: pathlib.Path, inputs: Inputs) -> None:
+    cfg, params = artefacts.load_model(inputs["distil"])
+    exchange.export(
+      folder, cfg, params, family=s.c.export.family, like=inputs["teacher"] / exchange.LIKE
+    )
+
+  values = {"format": s.c.export.format, "family": s.c.export.family}
+  return Stage("export", values, export, needs=("teacher", "distil"))
 
 
 def _scratch(s: Setup) -> Stage:
   """The small config trained on the tokens distillation saw, from its own initialisation."""
   run, peak = s.c.distil, s.c.scratch.peak
   # Sizes follow from targets; only which blocks stay is known after the cut.
-  needs = ("cut",) if s.c.targets.blocks is not None or s.c.plan.path else ()
+  decided = s.c.targets.blocks is not None or s.c.targets.layers is not None or s.c.plan.path
+  needs = ("cut",) if decided else ()
 
   def scratch(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg = artefacts.load_model_config(inputs["cut"]) if needs else s.small
@@ -243,7 +262,7 @@ def _scratch(s: Setup) -> Stage:
     "peak": peak, "seed": s.c.seed + 1, "data": s.train_data(run, s.c.seed + 1),
     "model": None if needs else s.small.to_dict(),
   }
-  return Stage("scratch", values, scratch, needs=needs)
+  return Stage("scratch", values, scratch, needs=needs, version=2)
 
 
 def _findings(s: Setup) -> Stage:
@@ -296,7 +315,7 @@ def _report(s: Setup, made: list[Stage]) -> Stage:
       plan=Plan.load(inputs["plan"] / "plan.json"), facts=_facts(s, inputs, logs, results),
     )
 
-  return Stage("report", {"name": s.c.name}, write, needs=names, version=2)
+  return Stage("report", {"name": s.c.name}, write, needs=names, version=3)
 
 
 def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:
@@ -319,6 +338,12 @@ def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:
       f"{made['steps']} steps, {made['tokens']:,} tokens in {made['seconds']:.0f} s of "
       f"computing (compilation, validation and saves left out) on {made['machine']}"
     )
+  if "export" in inputs:
+    made = artefacts.read_json(inputs["export"] / "export.json")
+    facts["Exported"] = (
+      f"a Hugging Face folder of family `{made['family']}`, {made['parameters']:,} parameters; "
+      f"read back, its logits differ by {made['difference']:.1e} of the largest"
+    )
   facts["Forward speed measured on"] = results["distilled"]["machine"]
   return facts
 
@@ -326,29 +351,9 @@ def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:
 def dry_run(s: Setup, made: list[Stage], workdir: pathlib.Path) -> str:
   """Returns what a run would do: stages and why, sizes, parameters and memory. Computes nothing."""
   lines = ["stages:", *("  " + line for line in stages.describe(stages.survey(made, workdir)))]
-  rows = []
-  for name, cfg in (("teacher", s.cfg), ("small model", s.small)):
-    cost = hybridlm.cost(cfg, context=s.c.data.length, batch=s.c.evaluate.batch)
-    count = cost.parameters
-    rows.append([
-      name, f"{count:,}", _megabytes(4 * count), _megabytes(16 * count),
-      _megabytes(cost.kv_bytes + cost.conv_bytes + cost.ssm_bytes),
-      f"{cost.prefill_flops / 1e6:,.1f}",
-    ])
-    lines.append(f"{name}: {report.sizes(cfg)}")
-  teacher, small = config.parameters(s.cfg), config.parameters(s.small)
-  lines.append(f"the small model keeps {small / teacher:.1%} of the parameters")
-  header = ["model", "parameters", "weights MB", "training MB", "decode state MB", "MFLOP/token"]
-  notes = (
-    "training MB: float32 weights, gradients and AdamW's two moments; distillation adds the "
-    f"teacher's weights; activations are not in it. Decode state: {s.c.evaluate.batch} sequences "
-    f"of {s.c.data.length} tokens."
-  )
-  return "\n".join([*lines, report.table(header, rows), notes])
-
-
-def _megabytes(count: int) -> str:
-  return f"{count / 1e6:,.1f}"
+  models = {"teacher": s.cfg, "small model": s.small}
+  sizes = report.forecast(models, length=s.c.data.length, batch=s.c.evaluate.batch)
+  return "\n".join([*lines, sizes])
 
 
 def execute(job: cli.Job, *names: str) -> dict[str, pathlib.Path]:

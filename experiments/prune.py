@@ -3,7 +3,7 @@
 python -m experiments.prune --config=configs/quickstart.py [--config.targets.D=128]
 """
 
-from experiments import cli, pipeline
+from experiments import artefacts, cli, pipeline
 
 
 def main(job: cli.Job) -> None:
@@ -11,7 +11,7 @@ def main(job: cli.Job) -> None:
   folders = pipeline.execute(job, "cut")
   if folders:
     print(f"plan: {folders['plan'] / 'plan.json'}")
-    print(f"model: {folders['cut']}")
+    print(f"model: {folders['cut'] / artefacts.MODEL}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import hybridlm
 from experiments import artefacts, plots
 from hybridlm import config
 from hybridlm.config import ModelConfig
@@ -102,6 +103,35 @@ def sizes(cfg: ModelConfig) -> str:
       found.setdefault(letter, set()).add(size)
   text = " ".join(f"{letter}={'/'.join(map(str, sorted(s)))}" for letter, s in found.items())
   return f"`{cfg.pattern}` {text}, {config.parameters(cfg):,} parameters"
+
+
+def forecast(models: Mapping[str, ModelConfig], *, length: int, batch: int) -> str:
+  """Returns sizes, memory and cost of models before anything is computed, in Markdown.
+
+  Args:
+    models: "teacher" and "small model".
+    length: tokens a row.
+    batch: rows whose decode state is counted.
+  """
+  rows, lines = [], []
+  for name, cfg in models.items():
+    cost = hybridlm.cost(cfg, context=length, batch=batch)
+    count = cost.parameters
+    state = cost.kv_bytes + cost.conv_bytes + cost.ssm_bytes
+    rows.append([
+      name, f"{count:,}", *(f"{size / 1e6:,.1f}" for size in (4 * count, 16 * count, state)),
+      f"{cost.prefill_flops / 1e6:,.1f}",
+    ])
+    lines.append(f"{name}: {sizes(cfg)}")
+  teacher, small = (config.parameters(models[name]) for name in ("teacher", "small model"))
+  lines.append(f"the small model keeps {small / teacher:.1%} of the parameters")
+  header = ["model", "parameters", "weights MB", "training MB", "decode state MB", "MFLOP/token"]
+  notes = (
+    "training MB: float32 weights, gradients and AdamW's two moments; distillation adds the "
+    f"teacher's weights; activations are not in it. Decode state: {batch} sequences of {length} "
+    "tokens."
+  )
+  return "\n".join([*lines, table(header, rows), notes])
 
 
 def _curve_panels(logs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[plots.Curve]]:

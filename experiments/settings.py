@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import artefacts, checks
+from experiments import checks, exchange
 from experiments.mistakes import about
 from hybridlm import axes
 from hybridlm.config import PRESETS, ModelConfig, block_name
@@ -42,7 +42,32 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 def corpus(c: ConfigDict, *, folder: pathlib.Path | None = None) -> data.Corpus:
   """Returns the config's text; `folder` keeps token ids between runs."""
   sources = tuple(Source(name=name, **c.data.sources[name]) for name in sorted(c.data.sources))
-  return data.Corpus(data.DataSpec(sources, c.data.tokenizer, c.data.phases), folder=folder)
+  spec = data.DataSpec(sources, _tokenizer(c), c.data.phases, c.data.end)
+  return data.Corpus(spec, folder=folder)
+
+
+def _tokenizer(c: ConfigDict) -> str:
+  """Returns the name or the path of the tokenizer."""
+  name = c.data.tokenizer
+  if name == "teacher":
+    if not c.teacher.path:
+      raise ValueError("data.tokenizer='teacher': teacher.path is empty, so it brings none along")
+    return str(exchange.located("teacher.path", c.teacher.path))
+  packaged = name.startswith(exchange.PACKAGE)
+  return str(exchange.located("data.tokenizer", name)) if packaged else name
+
+
+def imported(c: ConfigDict, source: pathlib.Path, vocabulary: int) -> ModelConfig:
+  """Returns the config of a teacher from elsewhere, computing as the config says.
+
+  Raises:
+    FileNotFoundError: a file of it is missing.
+    ValueError: a damaged or unknown model, or more ids than it has rows.
+  """
+  with about("teacher.path"):
+    cfg, _ = exchange.open_model(source)
+  check_vocabulary(c, cfg, vocabulary)
+  return cfg.replace(**{name: c.model[name] for name in RUNTIME if c.model[name] is not None})
 
 
 def model(c: ConfigDict, vocabulary: int) -> ModelConfig:
@@ -89,6 +114,12 @@ def check_vocabulary(c: ConfigDict, cfg: ModelConfig, vocabulary: int) -> None:
 def targets(c: ConfigDict) -> dict[str, int]:
   """Returns the sizes of the small model that the config sets."""
   return {name: value for name, value in c.targets.items() if value is not None}
+
+
+def open_pattern(cfg: ModelConfig, wanted: Mapping[str, int]) -> bool:
+  """Whether scores decide what kinds of blocks stay, so that targets do not say it."""
+  layers = set(zip(cfg.blocks[::2], cfg.blocks[1::2], strict=False))
+  return "blocks" in wanted or ("layers" in wanted and len(layers) > 1)
 
 
 def small(
@@ -172,6 +203,7 @@ class Setup:
     c: the config.
     cache: folder that workdirs share.
     corpus: the text.
+    source: where a teacher from elsewhere lies; None: it is pretrained.
     cfg: the teacher.
     small: the config that the targets leave (which blocks stay is decided by scores).
     grid: the devices.
@@ -180,6 +212,7 @@ class Setup:
   c: ConfigDict
   cache: pathlib.Path
   corpus: data.Corpus
+  source: pathlib.Path | None
   cfg: ModelConfig
   small: ModelConfig
   grid: Mesh
@@ -237,12 +270,10 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
   if c.scratch.run == "same":
     with about("scratch"):
       optimizer(c.distil, peak=c.scratch.peak)
+  source = exchange.located("teacher.path", c.teacher.path) if c.teacher.path else None
   text = corpus(c, folder=cache / "tokens")
-  if c.teacher.path:
-    cfg = artefacts.load_model_config(pathlib.Path(c.teacher.path))
-    check_vocabulary(c, cfg, text.tokenizer.V)
-  else:
-    cfg = model(c, text.tokenizer.V)
+  ids = text.tokenizer.V
+  cfg = model(c, ids) if source is None else imported(c, source, ids)
   checks.heads(c.findings.heads, cfg)
   checks.texts(c, text)
   wanted, run = targets(c), c.calibrate
@@ -250,8 +281,10 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
   if wanted or not c.plan.path:
     left = small(cfg, wanted, letters=run.axes, depth=run.depth)
   if c.plan.path:
-    # Which blocks stay is decided by scores, so a target of blocks says nothing about their kinds.
-    left = replayed(cfg, c.plan.path, None if "blocks" in wanted else left)
+    left = replayed(cfg, c.plan.path, None if open_pattern(cfg, wanted) else left)
+  if c.plan.path or not open_pattern(cfg, wanted):
+    with about("export"):
+      exchange.check(left, c.export.format, c.export.family)
   for owner, each in (("the teacher", cfg), ("the small model", left)):
     checks.layout(each, grid, owner)
-  return Setup(c, cache, text, cfg, left, grid)
+  return Setup(c, cache, text, source, cfg, left, grid)

@@ -24,7 +24,8 @@ class Recipe(NamedTuple):
 
   cfg: the model.  params: where it starts.  loss_fn: `(params, frozen, batch) -> sums`.  frozen:
   what the loss reads and nothing changes, e.g. the teacher's parameters.  train: batches with a
-  position.  valid: batches the loss is watched on.
+  position.  valid: batches the loss is watched on.  like: a folder whose tokenizer files lie beside
+  the weights, see `artefacts.save_model`.
   """
 
   cfg: ModelConfig
@@ -33,6 +34,7 @@ class Recipe(NamedTuple):
   frozen: Any
   train: Batches
   valid: Sequence[Batch]
+  like: pathlib.Path | None = None
 
 
 class Spread:
@@ -101,7 +103,7 @@ def _train(
     validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
     save_every=run.save_every, keep=2, progress="auto",
   )
-  artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params))
+  artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params), like=recipe.like)
   artefacts.write_json(folder / LOG, log(history))
 
 

@@ -35,6 +35,8 @@ VALUES = [
   ("evaluate.batches=0", ["evaluate.batches=0"]),
   ("scratch.peak=-1.0", ["scratch", "peak=-1.0"]),
   ("scratch.run='some'", ["scratch.run='some'"]),
+  ("export.format='gguf'", ["export.format='gguf'", "none, hf"]),
+  ("export.family='gpt9'", ["export.family='gpt9'", "llama"]),
   ("findings.heads=(5, 2)", ["findings.heads=(5, 2)", "1..4"]),
   ("findings.heads=(0,)", ["findings.heads=(0,)"]),
   ("findings.heads=(2.0,)", ["findings.heads", "whole"]),

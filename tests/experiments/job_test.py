@@ -107,12 +107,12 @@ def test_a_plan_and_a_teacher_given_as_files_are_used_as_they_are(place):
   shutil.copy(place / "job" / "plan" / "plan.json", place / "mine.json")
   teacher, = (place / "cache").glob("teacher-*")
   argv = [CONFIG, "--workdir=other", "--config.plan.path=mine.json",
-          f"--config.teacher.path={teacher}"]
+          f"--config.teacher.path={teacher / 'model'}"]
   (code, out, _), = commands.drive([("prune", argv)], cwd=place)
   assert code == 0 and ran(out) == ["teacher", "plan", "cut"]
-  for name in ("model.json", "params.npz"):
-    assert (place / "other" / "cut" / name).read_bytes() == (
-      place / "job" / "cut" / name).read_bytes()
+  for name in ("model.json", "model.safetensors"):
+    assert (place / "other" / "cut" / "model" / name).read_bytes() == (
+      place / "job" / "cut" / "model" / name).read_bytes()
 
 
 def text(path: str, source: str = "main") -> list[str]:
@@ -162,11 +162,27 @@ MISTAKES = {
   "a plan of another number of heads in each group": (
     ["--config.plan.path=uneven.json"], ["uneven.json", "every group keeps as many"]),
   "a teacher that is not there": (["--config.teacher.path=gone"], ["gone"]),
-  "a teacher without parameters": (["--config.teacher.path=half"], ["half/params.npz"]),
+  "a teacher without parameters": (["--config.teacher.path=half"], ["half"]),
   "a teacher that is a list": (["--config.teacher.path=list"], ["list/model.json"]),
-  "a truncated teacher": (["--config.teacher.path=truncated"], ["truncated/params.npz"]),
-  "a teacher whose activations are not finite": (
-    ["--config.teacher.path=nan"], ["calibration batch 0", "not finite"]),
+  "a truncated teacher": (["--config.teacher.path=truncated"], ["truncated/model.safetensors"]),
+  "a teacher whose weights are not finite": (
+    ["--config.teacher.path=nan/model"], ["nan/model", "embed/w_embed_VD", "not finite"]),
+  "a teacher in a package that is not there": (
+    ["--config.teacher.path=package:gone/x.gguf"], ["package:gone/x.gguf", "not installed"]),
+  "a teacher that is no model": (["--config.teacher.path=empty"], ["empty", "config.json"]),
+  "a teacher that is no GGUF file": (
+    ["--config.teacher.path=foreign.json"], ["foreign.json is not a whole GGUF file"]),
+  "the tokenizer of a teacher that is pretrained": (
+    ["--config.data.tokenizer=teacher"], ["data.tokenizer='teacher'", "teacher.path is empty"]),
+  "a token that ends no document": (
+    ["--config.data.tokenizer=sotu_1024", "--config.data.end=<end>"], ["<end>"]),
+  "an unknown format of export": (["--config.export.format=onnx"], ["export.format='onnx'", "hf"]),
+  "an unknown family of models": (
+    ["--config.export.format=hf", "--config.export.family=gpt9"], ["gpt9", "llama"]),
+  "a family that cannot hold the small model": (
+    ["--config.export.format=hf", "--config.export.family=llama"], ["export", "llama cannot"]),
+  "layers of a model that is not made of them": (
+    ["--config.targets.layers=1"], ["layers=1", "not made of layers"]),
 }
 
 
@@ -186,9 +202,10 @@ def write_bad_input(place: pathlib.Path) -> None:
     "w_embed_VD": np.full_like(params["embed"]["w_embed_VD"], np.nan)}})
   for name in ("half", "list", "truncated"):
     (place / name).mkdir()
-    shutil.copy(teacher / "model.json", place / name)
+    shutil.copy(teacher / "model" / "model.json", place / name)
   (place / "list" / "model.json").write_text("[]")
-  (place / "truncated" / "params.npz").write_bytes((teacher / "params.npz").read_bytes()[:-50])
+  weights = (teacher / "model" / "model.safetensors").read_bytes()
+  (place / "truncated" / "model.safetensors").write_bytes(weights[:-50])
 
 
 def test_a_users_mistake_gets_one_line_and_code_2_and_changes_nothing(place, subtests):
@@ -252,11 +269,12 @@ def test_a_diverged_run_keeps_its_folder_and_damaged_checkpoints_are_told_and_le
 
 
 def test_a_truncated_artefact_is_told_and_left_alone(place):
-  path = place / "job" / "cut" / "params.npz"
+  path = place / "job" / "cut" / "model" / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-50])
   before = commands.files(place / "job")
   code, _, err = call(place, "distill", "--config.distil.temperature=2.0")
-  assert code == 2 and "cut: params.npz is not what was written" in err and err.count("\n") == 1
+  assert code == 2 and err.count("\n") == 1
+  assert "cut: model/model.safetensors is not what was written" in err
   assert commands.files(place / "job") == before
 
 
@@ -267,7 +285,8 @@ def test_the_study_of_heads_names_the_command_that_made_it(place):
   assert f"python -m experiments.evidence {CONFIG}\n" in text
 
 
-@pytest.mark.parametrize("where", ["cache/teacher-*/params.npz", "job/cut/params.npz"])
+@pytest.mark.parametrize("where", [
+  "cache/teacher-*/model/model.safetensors", "job/cut/model/model.safetensors"])
 def test_one_flipped_bit_in_a_model_is_found_before_it_is_used(place, where):
   path, = place.glob(where)
   data = bytearray(path.read_bytes())
@@ -275,5 +294,5 @@ def test_one_flipped_bit_in_a_model_is_found_before_it_is_used(place, where):
   path.write_bytes(data)
   before = commands.files(place)
   code, _, err = call(place, "distill", "--config.distil.temperature=2.0")
-  assert code == 2 and "params.npz" in err and "SHA-256" in err and err.count("\n") == 1
+  assert code == 2 and "model.safetensors" in err and "SHA-256" in err and err.count("\n") == 1
   assert commands.files(place) == before

@@ -68,8 +68,8 @@ def test_kills_and_a_flipped_bit_change_no_bit_of_the_result(place):
   out, _ = again.communicate()
   assert again.returncode == 0, out
   assert "distil: resume" in out and "falling back to the one before" in out
-  for name in ("params.npz", "model.json"):
-    one, two = (place / folder / "distil" / name for folder in ("calm", "job"))
+  for name in ("model.safetensors", "model.json"):
+    one, two = (place / folder / "distil" / "model" / name for folder in ("calm", "job"))
     assert one.read_bytes() == two.read_bytes()
   records = [json.loads(line) for line in (
     place / "job" / "distil" / "metrics.jsonl").read_text().splitlines()]

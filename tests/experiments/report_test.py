@@ -124,11 +124,22 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
     assert path == other and np.array_equal(one, two) and one.dtype == two.dtype
 
 
+def test_tokenizer_files_lie_beside_the_weights(tmp_path):
+  cfg, like = models.make(), tmp_path / "like"
+  like.mkdir()
+  (like / "tokenizer.json").write_text("{}")
+  (like / "thesis.tex").write_text("not one of them")
+  for name, source in (("with", like), ("without", tmp_path / "gone"), ("plain", None)):
+    artefacts.save_model(tmp_path / name, cfg, models.params(cfg), like=source)
+    found = {path.name for path in (tmp_path / name / "model").iterdir()}
+    assert ("tokenizer.json" in found) == (name == "with") and "thesis.tex" not in found
+
+
 @pytest.mark.parametrize("size", [0, 100, -1])
 def test_a_truncated_model_is_an_error(tmp_path, size):
   cfg = models.make()
   artefacts.save_model(tmp_path, cfg, models.params(cfg))
-  path = tmp_path / "params.npz"
+  path = tmp_path / "model" / "model.safetensors"
   path.write_bytes(path.read_bytes()[:size])
-  with pytest.raises(ValueError, match="params.npz is damaged"):
+  with pytest.raises(ValueError, match="model.safetensors"):
     artefacts.load_model(tmp_path)

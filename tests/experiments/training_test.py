@@ -12,6 +12,8 @@ from configs import base
 from experiments import artefacts, training
 from hybridlm.train import loop
 
+WEIGHTS = "model/model.safetensors"
+
 
 class Interrupted(Exception):
   """Stands for whatever kills a run."""
@@ -63,19 +65,19 @@ def test_a_run_killed_while_its_checkpoints_went_is_not_trained_again(tmp_path, 
     name: data for name, data in commands.files(folder).items() if not name.startswith("checkp")}
   monkeypatch.setattr(loop, "run", lambda *_, **__: pytest.fail("it trains again"))
   assert run(folder) == before
-  assert {"model.json", "params.npz", "log.json"} <= before.keys()
+  assert {"model/model.json", WEIGHTS, "log.json"} <= before.keys()
 
 
 def test_a_run_killed_before_its_log_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
   calm, killed = tmp_path / "calm", tmp_path / "killed"
   calm.mkdir()
   killed.mkdir()
-  want = run(calm)["params.npz"]
+  want = run(calm)[WEIGHTS]
   with monkeypatch.context() as patch, pytest.raises(Interrupted):
     patch.setattr(training, "log", lambda history: (_ for _ in ()).throw(Interrupted))
     run(killed)
   assert (killed / "checkpoints").is_dir()
   found = run(killed)
-  assert found["params.npz"] == want and "log.json" in found
+  assert found[WEIGHTS] == want and "log.json" in found
   assert not (killed / "checkpoints").exists()
   assert artefacts.read_json(killed / "log.json")["summary"]["steps"] == 2

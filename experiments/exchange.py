@@ -1,0 +1,162 @@
+"""Models from elsewhere as teachers, and the small model as a folder that others load."""
+
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import artefacts
+from hybridlm import api, config, lazy
+from hybridlm.config import ModelConfig
+from hybridlm.interop import folders, gguf, huggingface, native
+
+PACKAGE = "package:"
+# In a teacher's folder: what a published model has beside its weights.
+LIKE = "like"
+# In the folder of an export: what others load.
+PUBLISHED = "hf"
+FORMATS = ("none", "hf")
+# Largest difference of logits, written and read back, as a share of the largest.
+TOLERANCE = 1e-6
+PROBE = (2, 37)
+
+
+def located(key: str, path: str) -> pathlib.Path:
+  """Returns where a config's path leads; `package:NAME/FILE` lies in an installed package.
+
+  Args:
+    key: of the config, for messages.
+    path: its value.
+
+  Raises:
+    FileNotFoundError: nothing is there, or the package is not installed.
+  """
+  found = pathlib.Path(path)
+  if path.startswith(PACKAGE):
+    name, _, inner = path.removeprefix(PACKAGE).partition("/")
+    # Of a top-level name: nothing is imported.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+      raise FileNotFoundError(f"{key}={path}: the package {name!r} is not installed")
+    found = pathlib.Path(spec.submodule_search_locations[0], inner)
+  if not found.exists():
+    raise FileNotFoundError(f"{key}={path}: no such file or folder")
+  return found
+
+
+def open_model(path: pathlib.Path) -> tuple[ModelConfig, lazy.Leaves]:
+  """Returns the config and the leaves of a GGUF file, a folder of ours, or a Hugging Face folder.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a damaged file, or a model that our blocks cannot follow.
+  """
+  if path.is_file():
+    return gguf.open(path)
+  return native.open(path) if (path / native.FILE).is_file() else huggingface.open(path)
+
+
+def fingerprints(path: pathlib.Path) -> dict[str, str]:
+  """Returns the SHA-256 of a model's file, or of every file in its folder, by name."""
+  files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+  return {each.name: artefacts.file_hash(each) for each in files}
+
+
+def bring(folder: pathlib.Path, source: pathlib.Path, cfg: ModelConfig) -> None:
+  """Fills a stage's folder with a model from elsewhere, one tensor at a time.
+
+  Args:
+    folder: of the stage; gets the folders `model` and `like` (tokenizer and special ids).
+    source: what `open_model` takes.
+    cfg: its config, as it shall compute.
+
+  Raises:
+    FileNotFoundError: as `open_model`.
+    ValueError: as `open_model`, or a leaf that is not finite.
+  """
+  _, leaves = open_model(source)
+  _write_like(folder / LIKE, source)
+  checked = {path: leaf._replace(read=_finite(source, path, leaf)) for path, leaf in leaves.items()}
+  native.write(folder / artefacts.MODEL, cfg, checked, like=folder / LIKE)
+
+
+def _finite(source: pathlib.Path, path: str, leaf: lazy.Leaf):
+  def read() -> np.ndarray:
+    value = leaf.read()
+    if not np.isfinite(value).all():
+      raise ValueError(f"{source}: the weights of leaf {path!r} are not finite")
+    return value
+
+  return read
+
+
+def _write_like(folder: pathlib.Path, source: pathlib.Path) -> None:
+  """Writes tokenizer files, and a config.json with nothing but the special ids."""
+  folder.mkdir(exist_ok=True)
+  ids: dict[str, Any] = {}
+  if source.is_file():
+    files = gguf.files(source)
+    for name, text in files.items():
+      artefacts.write_bytes(folder / name, text.encode())
+    ids = json.loads(files["generation_config.json"])
+  else:
+    folders.carry(source, folder)
+    if (source / huggingface.CONFIG).is_file():
+      plain = folders.read_json(source, huggingface.CONFIG)
+      ids = {key: plain[key] for key in huggingface.TOKENS if plain.get(key) is not None}
+  artefacts.write_json(folder / huggingface.CONFIG, ids)
+
+
+def check(cfg: ModelConfig, kind: str, family: str | None) -> None:
+  """Raises unless a model can be exported.
+
+  Args:
+    cfg: the model.
+    kind: one of `FORMATS`.
+    family: of published models; None: any that can express it.
+
+  Raises:
+    ValueError: no such family can express the model; says why.
+  """
+  if kind != "none":
+    huggingface.describe(cfg, family)
+
+
+def export(
+  folder: pathlib.Path, cfg: ModelConfig, params: Any, *, family: str | None, like: pathlib.Path
+) -> None:
+  """Writes a Hugging Face folder and `export.json`, which says what came back from it.
+
+  Args:
+    folder: of the stage; gets the folder `hf`.
+    cfg: the model.
+    params: its parameters.
+    family: as in `check`.
+    like: a folder whose special ids and tokenizer files are carried on, if it is there.
+
+  Raises:
+    ValueError: no such family can express the model.
+    RuntimeError: what was written does not give the same logits.
+  """
+  place = folder / PUBLISHED
+  name = huggingface.write(
+    place, cfg, lazy.of(params), family=family, like=like if like.is_dir() else None
+  )
+  again_cfg, leaves = huggingface.open(place)
+  again = lazy.tree({path: jnp.asarray(leaf.read()) for path, leaf in leaves.items()})
+  real = cfg.real_vocabulary
+  token_BL = jnp.asarray(np.random.default_rng(0).integers(0, real, PROBE), jnp.int32)
+  want_BLV, got_BLV = (
+    api.apply(each.replace(dtype="float32"), tree, token_BL)[0][..., :real]
+    for each, tree in ((cfg, params), (again_cfg, again))
+  )
+  error = float(jnp.abs(want_BLV - got_BLV).max() / jnp.abs(want_BLV).max())
+  if not error <= TOLERANCE:
+    raise RuntimeError(f"export: logits read back differ by {error:.2e} of the largest")
+  artefacts.write_json(folder / "export.json", {
+    "family": name, "parameters": config.parameters(again_cfg), "difference": error,
+    "files": sorted(path.name for path in place.iterdir() if not path.name.startswith(".")),
+  })
