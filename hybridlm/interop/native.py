@@ -57,11 +57,12 @@ def open(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, lazy.Leaf]]:
   for path in sorted(expected.keys() | tensors.keys()):
     place = f"{folder}: tensor {clip(path)}"
     if path not in tensors:
-      raise ValueError(f"{place}: missing; {FILE} needs it with shape {expected[path]}")
+      raise ValueError(f"{place}: missing; {FILE} needs it with shape {clip(expected[path])}")
     if path not in expected:
       raise ValueError(f"{place}: {FILE} has no such leaf")
     if tensors[path].shape != expected[path]:
-      raise ValueError(f"{place}: shape {tensors[path].shape}, {FILE} says {expected[path]}")
+      found, said = tensors[path].shape, clip(expected[path])
+      raise ValueError(f"{place}: shape {found}, {FILE} says {said}")
     if tensors[path].dtype not in DTYPES:
       raise ValueError(f"{place}: dtype {tensors[path].dtype}, leaves are float32 or bfloat16")
   return cfg, {path: lazy.Leaf(*tensors[path]) for path in expected}

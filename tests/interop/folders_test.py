@@ -1,0 +1,157 @@
+"""A folder is replaced as a whole, and nothing that is not ours is lost or read."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from hybridlm.interop import folders
+
+
+def fill(folder, **files):
+  with folders.replacing(folder) as part:
+    for name, text in files.items():
+      (part / name).write_text(text, "utf-8")
+
+
+def texts(folder):
+  return {p.name: p.read_text("utf-8") for p in folder.iterdir() if p.name != folders.MARK}
+
+
+def test_the_target_appears_with_all_its_files_and_nothing_stays_beside_it(tmp_path):
+  with folders.replacing(tmp_path / "deep" / "target") as part:
+    (part / "a").write_text("1", "utf-8")
+    assert not (tmp_path / "deep" / "target").exists()
+  assert texts(tmp_path / "deep" / "target") == {"a": "1"}
+  assert [p.name for p in (tmp_path / "deep").iterdir()] == ["target"]
+
+
+def test_what_we_wrote_is_replaced_and_what_was_in_it_is_gone(tmp_path):
+  fill(tmp_path / "t", a="1", b="2")
+  fill(tmp_path / "t", c="3")
+  assert texts(tmp_path / "t") == {"c": "3"} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_where_the_block_raises_nothing_changes(tmp_path, error):
+  fill(tmp_path / "t", a="1")
+  with pytest.raises(error), folders.replacing(tmp_path / "t") as part:
+    (part / "b").write_text("2", "utf-8")
+    raise error("probe")
+  assert texts(tmp_path / "t") == {"a": "1"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_of_somebody_else_are_never_replaced(tmp_path):
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "theirs" / "notes").write_text("mine", "utf-8")
+  fill(tmp_path / "ours", a="1")
+  (tmp_path / "ours" / "notes").write_text("mine", "utf-8")
+  for name in ("theirs", "ours"):
+    with pytest.raises(ValueError, match="holds files that hybridlm did not write"):
+      fill(tmp_path / name, b="2")
+    assert texts(tmp_path / name)["notes"] == "mine"
+  (tmp_path / "file").write_text("mine", "utf-8")
+  (tmp_path / "link").symlink_to(tmp_path / "theirs")
+  for name in ("file", "link"):
+    with pytest.raises(ValueError, match="exists and is not a folder"):
+      fill(tmp_path / name, b="2")
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+  (tmp_path / "t").mkdir()
+  fill(tmp_path / "t", a="1")
+  assert texts(tmp_path / "t") == {"a": "1"}
+
+
+def test_what_a_killed_run_left_is_cleared_and_somebody_elses_is_not(tmp_path):
+  part = tmp_path / "t.partial"
+  part.mkdir()
+  (part / folders.MARK).touch()
+  (part / "half").write_text("x", "utf-8")
+  fill(tmp_path / "t", a="1")
+  assert texts(tmp_path / "t") == {"a": "1"} and not part.exists()
+  part.mkdir()
+  (part / "notes").write_text("mine", "utf-8")
+  with pytest.raises(ValueError, match="t.partial: exists and holds files"):
+    fill(tmp_path / "t", a="2")
+
+
+def test_two_runs_cannot_write_one_target(tmp_path):
+  with folders.replacing(tmp_path / "t"):
+    with pytest.raises(ValueError, match="t.partial is being written by another run"):
+      fill(tmp_path / "t", a="1")
+
+
+def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+  fill(tmp_path / "t", a="1")
+  rename = pathlib.Path.rename
+
+  def dying(path, target):
+    if path.name.endswith(".partial"):
+      os.rename(path, path.with_name("survivor.partial"))
+      raise SystemExit
+    return rename(path, target)
+
+  monkeypatch.setattr(pathlib.Path, "rename", dying)
+  with pytest.raises(SystemExit):
+    fill(tmp_path / "t", a="2")
+  monkeypatch.undo()
+  assert texts(tmp_path / "t.old") == {"a": "1"}
+  assert texts(tmp_path / "survivor.partial") == {"a": "2"}
+  fill(tmp_path / "t", a="3")
+  assert texts(tmp_path / "t") == {"a": "3"} and not (tmp_path / "t.old").exists()
+
+
+def test_tokenizer_files_are_carried_on_and_weights_are_not(tmp_path):
+  source, target = tmp_path / "source", tmp_path / "target"
+  source.mkdir()
+  target.mkdir()
+  for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "model.safetensors"):
+    (source / name).write_text(name, "utf-8")
+  assert folders.carry(source, target) == ("tokenizer.json", "merges.txt", "chat_template.jinja")
+  assert texts(target) == {
+    name: name for name in ("tokenizer.json", "merges.txt", "chat_template.jinja")
+  }
+
+
+def test_a_tokenizer_file_that_is_a_link_out_of_its_folder_is_not_carried(tmp_path):
+  source = tmp_path / "source"
+  source.mkdir()
+  (tmp_path / "secret").write_text("s", "utf-8")
+  (source / "tokenizer.json").symlink_to(tmp_path / "secret")
+  with pytest.raises(ValueError, match="the link leaves the folder"):
+    folders.carry(source, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\0", "a\n", 7, "x" * 300])
+def test_only_plain_names_name_a_file_of_a_folder(tmp_path, name):
+  with pytest.raises(ValueError, match="is not a .*file name"):
+    folders.plain_file(tmp_path, name)
+
+
+@pytest.mark.parametrize("table", [{"a": 0, "b": 30}, ["x"] * 31])
+def test_a_tokenizer_fits_a_vocabulary_that_its_largest_id_is_below(tmp_path, table):
+  path = tmp_path / "tokenizer.json"
+  folders.check_tokenizer(tmp_path, 1)
+  path.write_text(json.dumps({"model": {"vocab": table}, "added_tokens": []}), "utf-8")
+  folders.check_tokenizer(tmp_path, 31)
+  with pytest.raises(ValueError, match="holds the id 30, the model's vocabulary ends at V=30"):
+    folders.check_tokenizer(tmp_path, 30)
+  path.write_text(json.dumps({"model": {"vocab": table}, "added_tokens": [{"id": 40}]}), "utf-8")
+  with pytest.raises(ValueError, match="holds the id 40"):
+    folders.check_tokenizer(tmp_path, 31)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"model": 3}', '{"model": {"vocab": {"a": "b"}}}'])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, text):
+  (tmp_path / "tokenizer.json").write_text(text, "utf-8")
+  with pytest.raises(ValueError, match="tokenizer.json: (damaged|holds)"):
+    folders.check_tokenizer(tmp_path, 31)
+
+
+def test_json_files_are_refused_by_size_before_they_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(folders, "JSON_LIMIT", 10)
+  (tmp_path / "config.json").write_text('{"a": 1234567}', "utf-8")
+  with pytest.raises(ValueError, match="14 bytes, more than the limit of 10"):
+    folders.read_json(tmp_path, "config.json")
