@@ -54,8 +54,8 @@ def open(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, lazy.Leaf]]:
   place = f"{os.fspath(folder)}: {CONFIG}"
   chosen = _family(plain, place)
   stored = safetensors.open_folder(folder)
-  published = _renamed(chosen, stored)
-  cfg = chosen.read(fields.Fields(plain, place, frozenset(published)))
+  published = _renamed(chosen, stored, os.fspath(folder))
+  cfg = _config(chosen, fields.Fields(plain, place, frozenset(published)))
   return cfg, _leaves(chosen, cfg, published, os.fspath(folder))
 
 
@@ -71,7 +71,17 @@ def _family(plain: Mapping[str, Any], place: str) -> Family:
   return FAMILIES[name]
 
 
-def _renamed(chosen: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _config(chosen: Family, stated: fields.Fields) -> ModelConfig:
+  """Returns the model of a config.json; what our blocks refuse is told with the file's name."""
+  try:
+    return chosen.read(stated)
+  except ValueError as error:
+    if str(error).startswith(stated.place):
+      raise
+    raise ValueError(f"{stated.place}: {error}") from error
+
+
+def _renamed(chosen: Family, stored: Mapping[str, Any], place: str) -> dict[str, Any]:
   """Returns tensors under the names that the family's table has."""
   found = {}
   for name, tensor in stored.items():
@@ -79,7 +89,7 @@ def _renamed(chosen: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
       if name.startswith(theirs):
         name = ours + name.removeprefix(theirs)
     if name in found:
-      raise ValueError(f"tensor {folders.clip(name)} is there under two names")
+      raise ValueError(f"{place}: tensor {folders.clip(name)} is there under two names")
     found[name] = tensor
   return found
 

@@ -63,6 +63,7 @@ REFUSED = {
   "rope": ("llama3", {"rope_parameters": {"rope_type": "yarn"}}, "of kind 'yarn' are not known"),
   "rope table": ("llama3", {"rope_parameters": 3}, "rope_parameters=3: must be a table"),
   "theta": ("llama3", {"rope_parameters": {"rope_theta": math.inf}}, "must be a finite number"),
+  "eps": ("llama3", {"rms_norm_eps": 0}, "config.json: ModelConfig: eps=0.0 and init_std"),
   "odd share": (
     "nemotron_bias", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "0.2 of 16 channels",
   ),
@@ -113,6 +114,9 @@ def test_names_in_memory_are_read_like_those_on_disk(tmp_path):
 
   folder = edited(HYBRID, tmp_path / "in", tensors=rename)
   assert same(huggingface.open(folder), huggingface.open(HYBRID))
+  twice = edited(HYBRID, tmp_path / "twice", tensors=lambda held: held | rename(held))
+  with pytest.raises(ValueError, match="is there under two names"):
+    huggingface.open(twice)
 
 
 def test_older_rotary_keys_describe_the_same_model(tmp_path):
