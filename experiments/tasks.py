@@ -20,11 +20,15 @@ from experiments import artefacts, console
 from hybridlm import api
 from hybridlm.config import ModelConfig
 from hybridlm.data import sources
+from hybridlm.decode import loop
 from hybridlm.eval import targets
 from hybridlm.eval.prompts import Prompts
+from hybridlm.nn import serve
 
 # Where the model's config names no context.
 CONTEXT = 2048
+# Tokens written between looks for stop strings.
+EVERY = 8
 _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _CHOICE = """task: {name}
 dataset_path: json
@@ -72,11 +76,10 @@ def run(
   prompts: Prompts,
   names: Sequence[str],
   *,
-  generate: Callable[..., Any] | None = None,
   include_path: str | None = None,
   limit: int | None = None,
-  batch: int = 8,
-  length: int | None = None,
+  batch: int,
+  length: int,
   chat: bool = False,
 ) -> dict[str, dict[str, Any]]:
   """Returns the harness's results by task: each metric and its standard error.
@@ -86,11 +89,10 @@ def run(
     params: its parameters.
     prompts: its texts and ids.
     names: tasks, groups or YAML files.
-    generate: continues prompts (see `eval.harness`); None: tasks that generate are refused.
     include_path: folder of task files beside the harness's own.
     limit: items of each task at most.
     batch: rows a batch.
-    length: positions read at once; None: the model's context, or 2048.
+    length: positions read at once.
     chat: whether prompts are put into the model's chat template.
 
   Raises:
@@ -104,9 +106,19 @@ def run(
 
   score = targets.make(functools.partial(api.apply_hidden, cfg), vocabulary=cfg.real_vocabulary)
   adapter = harness.Adapter(
-    score, params, prompts, generate=generate, batch=batch, length=length or cfg.context or CONTEXT
+    score, params, prompts, generate=generator(cfg, params), batch=batch, length=length
   )
   return harness.evaluate(adapter, names, include_path=include_path, limit=limit, chat=chat)
+
+
+def generator(cfg: ModelConfig, params: Any) -> Callable[..., Iterator[Any]]:
+  """Returns what `eval.harness` takes as `generate`; weights are fused when it is first called."""
+  fused = functools.cache(functools.partial(serve.fuse, cfg, params))
+
+  def generate(token_BL, **options):
+    return loop.stream(serve.prefill, serve.step, cfg, fused(), token_BL, every=EVERY, **options)
+
+  return generate
 
 
 def piqa() -> Iterator[dict[str, Any]]:

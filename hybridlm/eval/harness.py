@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 from hybridlm.eval import chat, requests, targets
 from hybridlm.eval.prompts import Prompts
 
-# `generate(token_BL, length_B, *, steps, temperature, top_k, top_p, seed)` yields each step's new
-# ids [B]; prompts lie on the left of their rows.
+# `generate(token_BL, *, length_B, steps, temperature, top_k, top_p, stop)` yields new ids, some
+# columns [B, _] at a time, until all rows met an id of `stop`; prompts lie on the left of rows.
 Generate = Callable[..., Iterator[Any]]
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
@@ -104,28 +104,26 @@ class Adapter(LM):
         order = sorted(numbers, key=lambda i: -len(ids[i]))
         for first in range(0, len(order), self._batch):
           chosen = order[first : first + self._batch]
-          written = self._continue([ids[i] or [self._prompts.prefix] for i in chosen], room,
+          written = self._continue([ids[i] or [self._prompts.prefix] for i in chosen],
                                    **settings)
           texts |= zip(chosen, written, strict=True)
           bar.update(len(chosen))
     return [texts[number] for number in range(len(instances))]
 
   def _continue(
-    self, prompts: list[list[int]], room: int, *, steps: int, stops: list[str], **sampling
+    self, prompts: list[list[int]], *, steps: int, stops: list[str], **sampling
   ) -> list[str]:
     """Returns the texts a batch of prompts goes on with."""
     rows = prompts + [[self._prompts.prefix]] * (self._batch - len(prompts))
     length_B = np.array([len(row) for row in rows], np.int32)
-    size = requests.bucket(int(length_B.max()), room)
-    token_BL = np.full((len(rows), size), self._prompts.prefix, np.int32)
+    token_BL = np.full((len(rows), length_B.max()), self._prompts.prefix, np.int32)
     for token_L, row in zip(token_BL, rows, strict=True):
       token_L[: len(row)] = row
     ends, decode = self._prompts.ends, self._prompts.decode
     new: list[list[int]] = [[] for _ in prompts]
     live = set(range(len(prompts)))
-    stream = self._generate(token_BL, length_B, steps=steps, **sampling)
-    for token_B in itertools.islice(stream, steps):
-      token_B = np.asarray(token_B)
+    parts = self._generate(token_BL, length_B=length_B, steps=steps, stop=ends, **sampling)
+    for token_B in itertools.chain.from_iterable(np.asarray(part).T for part in parts):
       for row in tuple(live):
         new[row].append(int(token_B[row]))
         if requests.finished(new[row], stops, ends, decode):

@@ -8,6 +8,7 @@ from typing import Any
 
 import tokenizers
 
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 CONFIGS = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
@@ -51,71 +52,92 @@ def of_tokenizer(tokenizer: Any, name: str) -> Prompts:
   `tokenizer` has `encode(text)`, `decode(ids)` and the id `eot`, as those of `hybridlm.data` do.
   """
   return Prompts(
-    name=name, ends=(int(tokenizer.eot),), plain=lambda text, special: tokenizer.encode(text),
+    name=name, ends=(int(tokenizer.eot),),
+    plain=lambda text, special: [int(i) for i in tokenizer.encode(text)],
     decode=lambda ids, special: tokenizer.decode(ids),
   )
 
 
 def of_folder(folder: str | pathlib.Path) -> Prompts:
-  """Returns the prompts of a published model's folder.
-
-  Read are tokenizer.json, special tokens from tokenizer_config.json, or else end and start of text
-  by id from generation_config.json or config.json, and chat templates from chat_template.jinja or
-  tokenizer_config.json. Where nothing names an end of text, it is the id after the largest.
+  """Returns the prompts of a published model's folder: `of_files` of the files it has.
 
   Raises:
     FileNotFoundError: there is no tokenizer.json.
     ValueError: a file is damaged, or a special token is not in the vocabulary.
   """
   folder = pathlib.Path(folder)
-  inner = _inner(folder / "tokenizer.json")
-  settings, generation, config = (_record(folder / name) for name in CONFIGS)
-  words = {name: _word(value) for name, value in settings.items() if name.endswith("_token")}
-  words = {name: word for name, word in words.items() if word}
+  if not (folder / TOKENIZER).is_file():
+    raise FileNotFoundError(f"{folder / TOKENIZER}: no such file")
+  files = {}
+  for name in (TOKENIZER, TEMPLATE, *CONFIGS):
+    if (folder / name).is_file():
+      try:
+        files[name] = (folder / name).read_bytes().decode("utf-8")
+      except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / name} is not UTF-8 at byte {error.start}") from error
+  return of_files(files, folder.resolve().name)
+
+
+def of_files(files: Mapping[str, str], name: str) -> Prompts:
+  """Returns the prompts of a published model from the texts of its files.
+
+  Read are tokenizer.json, special tokens from tokenizer_config.json, or else end and start of text
+  by id from generation_config.json or config.json, and chat templates from chat_template.jinja or
+  tokenizer_config.json. Where nothing names an end of text, it is the id after the largest.
+
+  Args:
+    files: text by file name; all but tokenizer.json may be missing.
+    name: of the model, for reports and messages.
+
+  Raises:
+    ValueError: a file is damaged, or a special token is not in the vocabulary.
+  """
+  inner = _inner(files[TOKENIZER], name)
+  settings, generation, config = (_record(files, each, name) for each in CONFIGS)
+  words = {key: _word(value) for key, value in settings.items() if key.endswith("_token")}
+  words = {key: word for key, word in words.items() if word}
   ends, starts = [], []
   for key, found in (("eos_token", ends), ("bos_token", starts)):
     if key in words:
-      found.append(_id(inner, words[key], folder))
+      found.append(_id(inner, words[key], name))
     for record in (generation, config):
       value = record.get(f"{key}_id")
       found.extend(i for i in (value if isinstance(value, list) else [value]) if i is not None)
   if "bos_token" not in words and settings:
     starts = []  # the tokenizer has none, whatever the model's config repeats
-  _frame(inner, settings, words, folder)
+  _frame(inner, settings, words, name)
   largest = max(inner.get_vocab(with_added_tokens=True).values())
   return Prompts(
-    name=folder.resolve().name,
+    name=name,
     plain=lambda text, special: inner.encode(text, add_special_tokens=special).ids,
     decode=lambda ids, special: inner.decode(list(ids), skip_special_tokens=not special),
     ends=tuple(dict.fromkeys(ends)) or (largest + 1,),
     bos=starts[0] if starts else None,
-    templates=_templates(folder / "chat_template.jinja", settings.get("chat_template")),
+    templates=_templates(files.get(TEMPLATE), settings.get("chat_template")),
     words=words,
   )
 
 
-def _inner(path: pathlib.Path) -> tokenizers.Tokenizer:
-  if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such file")
+def _inner(text: str, place: str) -> tokenizers.Tokenizer:
   try:
-    inner = tokenizers.Tokenizer.from_str(path.read_bytes().decode("utf-8"))
+    inner = tokenizers.Tokenizer.from_str(text)
   except Exception as error:  # the library raises bare Exception
-    raise ValueError(f"{path} is not JSON of the tokenizers library: {error}") from error
+    raise ValueError(
+      f"{place}: {TOKENIZER} is not JSON of the tokenizers library: {error}"
+    ) from error
   inner.no_truncation()
   inner.no_padding()
   return inner
 
 
-def _record(path: pathlib.Path) -> dict[str, Any]:
-  """Returns a JSON object, empty where there is no file."""
-  if not path.is_file():
-    return {}
+def _record(files: Mapping[str, str], name: str, place: str) -> dict[str, Any]:
+  """Returns the JSON object of a file, empty where there is none."""
   try:
-    record = json.loads(path.read_bytes().decode("utf-8"))
+    record = json.loads(files.get(name, "{}"))
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
+    raise ValueError(f"{place}: {name} is not JSON: {error}") from error
   if not isinstance(record, dict):
-    raise ValueError(f"{path} holds {str(record)[:40]!r}, not an object")
+    raise ValueError(f"{place}: {name} holds {str(record)[:40]!r}, not an object")
   return record
 
 
@@ -125,30 +147,30 @@ def _word(value: Any) -> str | None:
   return value if isinstance(value, str) else None
 
 
-def _id(inner: tokenizers.Tokenizer, word: str, folder: pathlib.Path) -> int:
+def _id(inner: tokenizers.Tokenizer, word: str, place: str) -> int:
   found = inner.token_to_id(word)
   if found is None:
-    raise ValueError(f"{folder}: token {word!r} of {CONFIGS[0]} is not in tokenizer.json")
+    raise ValueError(f"{place}: token {word!r} of {CONFIGS[0]} is not in tokenizer.json")
   return found
 
 
-def _frame(inner: tokenizers.Tokenizer, settings, words, folder: pathlib.Path) -> None:
+def _frame(inner: tokenizers.Tokenizer, settings, words, place: str) -> None:
   """Sets the special tokens around a text, where the settings say so; else tokenizer.json does."""
   flags = ("add_bos_token", "add_eos_token")
   if not any(flag in settings for flag in flags):
     return
   named = [words.get(flag.removeprefix("add_")) if settings.get(flag) else None for flag in flags]
   single = " ".join(part for part in (named[0], "$A", named[1]) if part)
-  used = [(word, _id(inner, word, folder)) for word in named if word]
+  used = [(word, _id(inner, word, place)) for word in named if word]
   inner.post_processor = tokenizers.processors.TemplateProcessing(
     single=single, pair=f"{single} $B:1", special_tokens=used
   )
 
 
-def _templates(path: pathlib.Path, value: Any) -> dict[str, str]:
-  """Returns chat templates by name: a file's comes before the settings' own."""
-  if path.is_file():
-    return {"default": path.read_bytes().decode("utf-8")}
+def _templates(own: str | None, value: Any) -> dict[str, str]:
+  """Returns chat templates by name: that of a file of its own comes before the settings'."""
+  if own is not None:
+    return {"default": own}
   if isinstance(value, str):
     return {"default": value}
   return {each["name"]: each["template"] for each in value or ()}

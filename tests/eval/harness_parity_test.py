@@ -76,23 +76,6 @@ def ours(model, **extra):
   return harness.Adapter(targets.make(hidden), params, prompts, batch=4, length=CONTEXT, **extra)
 
 
-def greedy(model):
-  """A generator that reads the whole row again for every token."""
-  cfg, params, _ = model
-
-  def generate(token_BL, length_B, *, steps, **sampling):
-    assert sampling == {"temperature": 0.0, "top_k": None, "top_p": None}
-    row = np.arange(len(token_BL))
-    token_BL = np.pad(token_BL, ((0, 0), (0, steps)))
-    for step in range(steps):
-      logits_BLV = hybridlm.forward(cfg, params, token_BL)
-      new_B = np.asarray(logits_BLV[row, length_B - 1 + step].argmax(-1))
-      token_BL[row, length_B + step] = new_B
-      yield new_B
-
-  return generate
-
-
 def asked(method, *arguments):
   from lm_eval.api.instance import Instance
 
@@ -102,7 +85,7 @@ def asked(method, *arguments):
 def test_results_of_local_tasks_are_those_of_the_harness_own_adapter(local, model, theirs):
   from hybridlm.eval import harness
 
-  adapter = ours(model, generate=greedy(model))
+  adapter = ours(model, generate=tasks.generator(*model[:2]))
   found, wanted = (
     harness.evaluate(each, NAMES, include_path=str(local), limit=LIMIT)
     for each in (adapter, theirs)
@@ -155,7 +138,7 @@ def test_generated_text_ends_where_the_harness_own_ends(model, theirs):
   # One row a batch there: rows that go on after their stop string are another matter.
   theirs.batch_size_per_gpu = 1
   wanted = theirs.generate_until(asks)
-  assert ours(model, generate=greedy(model)).generate_until(asks) == wanted
+  assert ours(model, generate=tasks.generator(*model[:2])).generate_until(asks) == wanted
   assert any(wanted)
 
 
@@ -190,11 +173,12 @@ def test_a_template_that_refuses_system_messages_goes_without_them(model):
 
 @pytest.mark.parametrize("settings,words", [
   ({"num_beams": 4}, "generation setting 'num_beams' is unknown"),
-  ({"max_gen_toks": CONTEXT}, f"{CONTEXT} new tokens leave no room for a prompt in {CONTEXT} positions"),
+  ({"max_gen_toks": CONTEXT}, f"{CONTEXT} new tokens leave no room for a prompt in"),
 ])
 def test_generation_that_cannot_be_done_is_refused(model, settings, words):
+  adapter = ours(model, generate=tasks.generator(*model[:2]))
   with pytest.raises(ValueError, match=words):
-    ours(model, generate=greedy(model)).generate_until(asked("generate_until", ("a", settings)))
+    adapter.generate_until(asked("generate_until", ("a", settings)))
   with pytest.raises(ValueError, match="no way to generate"):
     ours(model).generate_until(asked("generate_until", ("a", {})))
 

@@ -1,0 +1,146 @@
+"""Measuring a model on disk: one command, tables and a file; a mistake is one line."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hybridlm
+from cases import models
+from experiments import evaluate, judging, measures
+from hybridlm import lazy
+from hybridlm.data import tokenizers
+from hybridlm.interop import native
+
+WORDS = "heron badger otter kestrel newt adder plover stoat".split()
+TEXT = [" ".join(f"The {word} comes to place {place}{i}." for i, word in enumerate(WORDS))
+        for place in "abc"]
+SMALL = ("--batch=3", "--length=130", "--rows=6", "--items=5", "--pairs=2,5", "--distance=7",
+         "--lengths=40", "--depths=0,1")
+
+
+@pytest.fixture(name="place", scope="module")
+def _place(tmp_path_factory):
+  """A folder with a model that reads bytes, a teacher, a model that ids do not fit, and texts."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  big = models.make(pattern="M*-", V=260, vocabulary=257, context=300)
+  for name, seed in (("model", 0), ("teacher", 1)):
+    native.write(folder / name, big, lazy.of(models.params(big, seed=seed)))
+  small = models.make(pattern="-", V=31)
+  native.write(folder / "small", small, lazy.of(models.params(small)))
+  (folder / "texts").mkdir()
+  for number, text in enumerate(TEXT):
+    (folder / "texts" / f"{number}.txt").write_text(text)
+  return folder
+
+
+def run(place, monkeypatch, *argv):
+  """Exit code of the command run in the folder."""
+  monkeypatch.chdir(place)
+  return evaluate.start(["evaluate", "--tokenizer=bytes", "--texts=texts", *argv])
+
+
+def test_all_measures_are_printed_and_written(place, monkeypatch, capsys):
+  code = run(place, monkeypatch, "--model=model", "--teacher=teacher", "--out=out.json", *SMALL)
+  printed = capsys.readouterr()
+  assert code == 0, printed.err
+  out = json.loads((place / "out.json").read_text())
+  assert set(out) == {"model", "parameters", *measures.MEASURES}
+  found = out["text"]["texts"]
+  # Six rows hold all: every byte and the ends of three documents are predicted once.
+  assert found["bytes"] == sum(map(len, TEXT)) and found["tokens"] == found["bytes"] + 3
+  assert found["kl"] > 0 and found["agreement"] < 1
+  assert out["choice"]["texts"]["count"] == 5 and out["choice"]["texts"]["chance"] == 0.25
+  assert [out["recall"][pairs]["count"] for pairs in ("2", "5")] == [6, 15]
+  assert set(out["needle"]) == {"40"} and set(out["needle"]["40"]) == {"0.0", "1.0"}
+  for words in (f"| texts | {found['bits_per_byte']:.4f} |", "| needle: length at depth |",
+                "| 40 at 1.0 |", "| recall: pairs |", "| next sentence of 4 |", "agreement"):
+    assert words in printed.out
+
+
+def test_bits_of_a_text_are_those_of_its_documents_one_by_one(place):
+  cfg, params = hybridlm.load(str(place / "model"))
+  tokenizer = tokenizers.Bytes()
+  scale = measures.Scale(batch=2, length=400, rows=9)  # each document in one row
+  own = measures.reader(str(place / "model"), "bytes", cfg)
+  subject = measures.Subject(cfg, params, tokenizer, own)
+  found = measures.text(subject, {"all": TEXT}, scale)["all"]
+  nats = 0.0
+  for text in TEXT:
+    ids = [tokenizer.eot, *text.encode(), tokenizer.eot]
+    logits_LV = np.asarray(hybridlm.forward(cfg, params, jnp.asarray([ids[:-1]])))[0, :, :257]
+    logprob_LV = logits_LV - np.log(np.exp(logits_LV).sum(-1, keepdims=True))
+    nats -= logprob_LV[np.arange(len(ids) - 1), ids[1:]].sum()
+  assert found["bits_per_byte"] == pytest.approx(
+    nats / math.log(2) / sum(map(len, TEXT)), rel=1e-4)
+
+
+def test_rows_are_spread_over_a_text_and_batches_filled_with_rows_of_no_weight():
+  scale = measures.Scale(batch=4, length=20, rows=5)
+  made = measures.batches(["a" * 200 + "b" * 200], tokenizers.Bytes(), scale)
+  assert [batch["token_BL"].shape for batch in made] == [(4, 20), (4, 20)]
+  weight_BL = np.concatenate([batch["weight_BL"] for batch in made])
+  assert weight_BL.sum(1).tolist() == [20] * 5 + [0] * 3
+  letters = [chr(row[9]) for batch in made for row in batch["token_BL"]]
+  assert letters[:5] == ["a", "a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize("argv,words", [
+  ((), "give --model=PATH"),
+  (("--model=gone",), "model gone: no such file or folder"),
+  (("--model=texts",), "model texts: holds neither"),
+  (("--model=model", "--measures=text,taste"), "measure 'taste' is unknown; measures are text,"),
+  (("--model=model", "--texts=gone"), "no file or folder gone"),
+  (("--model=model", "--texts="), "--texts is empty"),
+  (("--model=model", "--teacher=small"), "--teacher predicts 31 tokens and --model 257"),
+  (("--model=small",), "raw bytes use ids up to 256, eot included; V = 31 is too few"),
+  (("--model=model", "--length=512"), "texts: 512 positions are more than the context of 300"),
+  (("--model=model", "--lengths=301"), "needle: 301 positions are more than the context of 300"),
+  (("--model=model", "--pairs=125"), "recall of 125 pairs: 301 positions"),
+  (("--model=model", "--pairs=x"), "--pairs=x: not numbers"),
+  (("--model=model", "--batch=0"), "--batch=0 must be at least 1"),
+  (("--model=model", "--items=99"), "next sentences: 99 items wanted, the 3 documents give 15"),
+  (("--model=model", "--modle=x"), "modle"),
+  (("--model=model", "quick"), "'quick' is not a flag"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(place, monkeypatch, capsys, argv, words):
+  code = run(place, monkeypatch, *SMALL, "--distance=36", "--measures=text,choice,recall,needle",
+             *argv, "--out=none.json")
+  printed = capsys.readouterr()
+  line = printed.err.strip().splitlines()[-1]
+  assert code == 2 and words in line
+  assert not (place / "none.json").exists()
+
+
+def test_a_model_without_a_tokenizer_asks_for_one(place, monkeypatch, capsys):
+  monkeypatch.chdir(place)
+  assert evaluate.start(["evaluate", "--model=model"]) == 2
+  assert "no tokenizer.json; name one by --tokenizer=" in capsys.readouterr().err
+
+
+def test_tasks_without_the_harness_say_what_to_install(place, monkeypatch, capsys):
+  monkeypatch.setattr(judging.tasks.importlib.util, "find_spec", lambda name: None)
+  assert run(place, monkeypatch, "--model=model", "--tasks=x") == 2
+  assert "pip install 'hybridlm[lm_eval]'" in capsys.readouterr().err
+
+
+def test_tasks_alone_leave_the_measures_out():
+  flags = {name: None for name in judging.TEXT_FLAGS} | judging.DEFAULTS
+  flags |= {name: default for name, (default, _) in judging.NUMBER_FLAGS.items()}
+  flags |= {"model": "m", "apply_chat_template": False}
+  assert judging.job(flags).measures == tuple(measures.MEASURES)
+  assert judging.job(flags | {"measures": "text"}).measures == ("text",)
+
+
+def test_help_names_the_flags(capsys):
+  assert evaluate.start(["evaluate", "--help"]) == 0
+  printed = capsys.readouterr().out
+  assert all(f"--{name}" in printed for name in (*judging.TEXT_FLAGS, *judging.NUMBER_FLAGS))
+
+
+def test_a_config_still_runs_the_stages_of_a_job(monkeypatch, capsys, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  assert evaluate.start(["evaluate", "--config=configs/gone.py"]) == 2
+  assert "configs/gone.py: no such file" in capsys.readouterr().err
