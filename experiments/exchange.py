@@ -11,7 +11,7 @@ import numpy as np
 from experiments import artefacts
 from hybridlm import api, config, lazy
 from hybridlm.config import ModelConfig
-from hybridlm.interop import folders, gguf, huggingface, native
+from hybridlm.interop import dispatch, folders, gguf, huggingface, native
 
 PACKAGE = "package:"
 # In a teacher's folder: what a published model has beside its weights.
@@ -47,18 +47,6 @@ def located(key: str, path: str) -> pathlib.Path:
   return found
 
 
-def open_model(path: pathlib.Path) -> tuple[ModelConfig, lazy.Leaves]:
-  """Returns the config and the leaves of a GGUF file, a folder of ours, or a Hugging Face folder.
-
-  Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: a damaged file, or a model that our blocks cannot follow.
-  """
-  if path.is_file():
-    return gguf.open(path)
-  return native.open(path) if (path / native.FILE).is_file() else huggingface.open(path)
-
-
 def fingerprints(path: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of a model's file, or of every file in its folder, by name."""
   files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
@@ -70,14 +58,14 @@ def bring(folder: pathlib.Path, source: pathlib.Path, cfg: ModelConfig) -> None:
 
   Args:
     folder: of the stage; gets the folders `model` and `like` (tokenizer and special ids).
-    source: what `open_model` takes.
+    source: what `hybridlm.load` takes.
     cfg: its config, as it shall compute.
 
   Raises:
-    FileNotFoundError: as `open_model`.
-    ValueError: as `open_model`, or a leaf that is not finite.
+    FileNotFoundError: a file of it is missing.
+    ValueError: a damaged or unknown model, or a leaf that is not finite.
   """
-  _, leaves = open_model(source)
+  _, leaves = dispatch.open(source)
   _write_like(folder / LIKE, source)
   checked = {path: leaf._replace(read=_finite(source, path, leaf)) for path, leaf in leaves.items()}
   native.write(folder / artefacts.MODEL, cfg, checked, like=folder / LIKE)
@@ -94,20 +82,21 @@ def _finite(source: pathlib.Path, path: str, leaf: lazy.Leaf):
 
 
 def _write_like(folder: pathlib.Path, source: pathlib.Path) -> None:
-  """Writes tokenizer files, and a config.json with nothing but the special ids."""
+  """Writes tokenizer files, and a config.json with nothing but the family and the special ids."""
   folder.mkdir(exist_ok=True)
-  ids: dict[str, Any] = {}
+  plain: dict[str, Any] = {}
   if source.is_file():
     files = gguf.files(source)
     for name, text in files.items():
       artefacts.write_bytes(folder / name, text.encode())
-    ids = json.loads(files["generation_config.json"])
+    plain = {"model_type": gguf.ARCHITECTURE, **json.loads(files["generation_config.json"])}
   else:
     folders.carry(source, folder)
     if (source / huggingface.CONFIG).is_file():
-      plain = folders.read_json(source, huggingface.CONFIG)
-      ids = {key: plain[key] for key in huggingface.TOKENS if plain.get(key) is not None}
-  artefacts.write_json(folder / huggingface.CONFIG, ids)
+      found = folders.read_json(source, huggingface.CONFIG)
+      kept = ("model_type", *huggingface.TOKENS)
+      plain = {key: found[key] for key in kept if found.get(key) is not None}
+  artefacts.write_json(folder / huggingface.CONFIG, plain)
 
 
 def check(cfg: ModelConfig, kind: str, family: str | None) -> None:
@@ -134,7 +123,7 @@ def export(
     folder: of the stage; gets the folder `hf`.
     cfg: the model.
     params: its parameters.
-    family: as in `check`.
+    family: as in `check`; None: the teacher's where it can express the model.
     like: a folder whose special ids and tokenizer files are carried on, if it is there.
 
   Raises:
@@ -142,9 +131,10 @@ def export(
     RuntimeError: what was written does not give the same logits.
   """
   place = folder / PUBLISHED
-  name = huggingface.write(
-    place, cfg, lazy.of(params), family=family, like=like if like.is_dir() else None
-  )
+  source = like if like.is_dir() else None
+  if source and "model_type" not in folders.read_json(source, huggingface.CONFIG):
+    family, _ = huggingface.describe(cfg, family)  # the teacher's is not known
+  name = huggingface.write(place, cfg, lazy.of(params), family=family, like=source)
   again_cfg, leaves = huggingface.open(place)
   again = lazy.tree({path: jnp.asarray(leaf.read()) for path, leaf in leaves.items()})
   real = cfg.real_vocabulary

@@ -18,6 +18,7 @@ from hybridlm import axes
 from hybridlm.config import PRESETS, ModelConfig, block_name
 from hybridlm.data import pipeline as data
 from hybridlm.data.sources import Source
+from hybridlm.interop import dispatch
 from hybridlm.prune import scores as scoring
 from hybridlm.prune.plan import Plan
 from hybridlm.train import mesh as meshes
@@ -65,7 +66,7 @@ def imported(c: ConfigDict, source: pathlib.Path, vocabulary: int) -> ModelConfi
     ValueError: a damaged or unknown model, or more ids than it has rows.
   """
   with about("teacher.path"):
-    cfg, _ = exchange.open_model(source)
+    cfg, _ = dispatch.open(source)
   check_vocabulary(c, cfg, vocabulary)
   return cfg.replace(**{name: c.model[name] for name in RUNTIME if c.model[name] is not None})
 

@@ -171,7 +171,7 @@ MISTAKES = {
     ["--config.teacher.path=package:gone/x.gguf"], ["package:gone/x.gguf", "not installed"]),
   "a teacher that is no model": (["--config.teacher.path=empty"], ["empty", "config.json"]),
   "a teacher that is no GGUF file": (
-    ["--config.teacher.path=foreign.json"], ["foreign.json is not a whole GGUF file"]),
+    ["--config.teacher.path=bad.gguf"], ["bad.gguf is not a whole GGUF file"]),
   "the tokenizer of a teacher that is pretrained": (
     ["--config.data.tokenizer=teacher"], ["data.tokenizer='teacher'", "teacher.path is empty"]),
   "a token that ends no document": (
@@ -204,6 +204,7 @@ def write_bad_input(place: pathlib.Path) -> None:
     (place / name).mkdir()
     shutil.copy(teacher / "model" / "model.json", place / name)
   (place / "list" / "model.json").write_text("[]")
+  (place / "bad.gguf").write_text("GGUF")
   weights = (teacher / "model" / "model.safetensors").read_bytes()
   (place / "truncated" / "model.safetensors").write_bytes(weights[:-50])
 
