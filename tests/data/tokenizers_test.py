@@ -192,8 +192,85 @@ def test_files_that_are_no_tokenizer_are_refused_by_name(tmp_path):
   word.save(str(path))
   with pytest.raises(ValueError, match="bad.json' is not a byte-level BPE"):
     tokenizers.load(str(path))
-  with pytest.raises(FileNotFoundError, match="'none' is neither a file nor a folder nor one of bytes"):
+  message = "'none' is neither a file nor a folder nor one of bytes"
+  with pytest.raises(FileNotFoundError, match=message):
     tokenizers.load("none")
+
+
+def published(folder, bpe, end=None, **parts):
+  """Writes a folder with a tokenizer of two special tokens, the last ids; returns its path."""
+  inner = library.Tokenizer.from_str(bpe.text)
+  inner.add_special_tokens(["<|im_end|>", "<|endoftext|>"])
+  folder.mkdir()
+  content = json.loads(inner.to_str()) | parts
+  (folder / "tokenizer.json").write_text(json.dumps(content))
+  if end is not None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+  return str(folder)
+
+
+DIGITS = {"type": "Sequence", "pretokenizers": [
+  {"type": "Digits", "individual_digits": True},
+  {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+
+
+def test_a_published_folder_ends_texts_as_it_says_or_as_the_caller_does(small, tmp_path):
+  named = published(tmp_path / "named", small, end="<|im_end|>")
+  record = published(tmp_path / "record", small, end={"content": "<|im_end|>"})
+  silent = published(tmp_path / "silent", small)
+  assert [tokenizers.load(path).eot for path in (named, record, silent)] == [270, 270, 272]
+  ours = tokenizers.load(named, end="<|endoftext|>", V=272)
+  assert (ours.eot, ours.V) == (271, 272)
+  assert ours.encode("the <|im_end|> cat").tolist() == small.encode("the <|im_end|> cat").tolist()
+  with pytest.raises(ValueError, match="uses ids up to 272, eot included; V = 272 is too few"):
+    tokenizers.load(silent, V=272)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(FileNotFoundError, match="the folder has no tokenizer.json"):
+    tokenizers.load(str(tmp_path / "empty"))
+  (tmp_path / "named" / "tokenizer_config.json").write_text("[]")
+  with pytest.raises(ValueError, match="tokenizer_config.json is not a table in JSON"):
+    tokenizers.load(named)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(text=st.text(st.one_of(
+  st.sampled_from("ab'st \n\t1290,\r\u0663\u00b2\u3000é"), st.characters(codec="utf-8"))))
+@hypothesis.example("12  34 5a\n 6\u0663 7")
+def test_splitting_digits_keeps_every_byte_and_lets_texts_be_cut_into_pieces(digits, text):
+  whole = digits.encode(text)
+  assert digits.decode(whole) == text
+  assert digits.byte_lengths_V[whole].sum() == len(text.encode())
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tokenizers, "_PIECE", 1)
+    patch.setattr(tokenizers, "_CHARACTERS", 3)
+    assert len(digits.encode("1 2 3")) == 5 and digits.encode(text).tolist() == whole.tolist()
+
+
+@pytest.fixture(scope="module")
+def digits(spaced, tmp_path_factory):
+  """Returns a tokenizer that splits digits off before words, as SmolLM2's does."""
+  folder = tmp_path_factory.mktemp("digits") / "folder"
+  return tokenizers.load(published(folder, spaced, end="<|im_end|>", pre_tokenizer=DIGITS))
+
+
+def test_a_text_with_a_byte_that_the_vocabulary_lacks_is_refused_and_not_shortened(small, tmp_path):
+  parts = json.loads(small.text)
+  lacking = chr(0x104)  # stands for byte 4
+  parts["model"]["vocab"]["never written"] = parts["model"]["vocab"].pop(lacking)
+  (tmp_path / "lacking.json").write_text(json.dumps(parts))
+  tokenizer = tokenizers.load(str(tmp_path / "lacking.json"))
+  for text in ("the cat", "\x03\x05\u0104"):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+  with pytest.raises(ValueError, match=r"no id for the byte 0x04: the text holds '\\x04' at 4"):
+    tokenizer.encode_all(["the cat", "the \x04 cat"])
+
+
+def test_added_tokens_that_strip_the_space_beside_them_are_refused(small, tmp_path):
+  inner = library.Tokenizer.from_str(small.text)
+  inner.add_tokens([library.AddedToken("@@", lstrip=True)])
+  inner.save(str(tmp_path / "strips.json"))
+  with pytest.raises(ValueError, match="strips the space around '@@'; bytes would be lost"):
+    tokenizers.load(str(tmp_path / "strips.json"))
 
 
 def test_vocabularies_out_of_reach_are_refused():

@@ -157,6 +157,8 @@ def test_the_tokenizer_is_rebuilt_with_the_same_ids_and_splits_digits(tmp_path):
     assert again.encode(text).tolist() == bpe.encode(text).tolist()
   assert again.eot == 268 and again.decode([again.eot, *again.encode("the cat")]) == "the cat"
   assert len(again.encode("1212")) == 4
+  by_path = tokenizers.load(str(path))  # ends texts as the file says
+  assert by_path.fingerprint == tokenizers.Bpe(gguf.tokenizer(path), end="<|end|>").fingerprint
   assert gguf.open(path)[0].vocabulary == len(described["ggml.tokens"]) == 270
 
 
