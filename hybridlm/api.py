@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from hybridlm import config, lazy
 from hybridlm.config import ModelConfig
+from hybridlm.decode import loop
 from hybridlm.distill import loss
 from hybridlm.interop import dispatch
+from hybridlm.nn import serve
 from hybridlm.nn.lm import HybridLM
 from hybridlm.prune import cut as cutting
 from hybridlm.prune import depth as depths
@@ -146,6 +148,42 @@ def forward(
   _check_kept(kept)
   segment_BL = None if segment_BL is None else jnp.asarray(segment_BL)
   return apply(cfg, params, token_BL, segment_BL, kept)[0]
+
+
+fuse = jax.jit(serve.fuse, static_argnums=0)
+
+
+def generate(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  prompt_BL: Int[Any, "B L"],
+  *,
+  length_B: Int[Any, "B"] | None = None,
+  steps: int = 64,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  seed: int = 0,
+  stop: Sequence[int] = (),
+) -> Int[np.ndarray, "B steps"]:
+  """Returns the tokens that follow each prompt; after a stop token its row is filled with it.
+
+  Prompts of different lengths stand on the left of `prompt_BL`, row b with `length_B[b]` real
+  tokens; what is behind them is never seen. `temperature` 0 takes the likeliest token; otherwise
+  tokens are drawn from the `top_k` likeliest, of these from the fewest that hold `top_p`.
+
+  Raises:
+    ValueError: parameters of another model, and what `decode.loop.stream` refuses: empty prompts,
+      ids outside the vocabulary, more tokens than the context of a model with attention.
+
+  >>> hybridlm.generate(cfg, params, token_BL, steps=5).shape
+  (2, 5)
+  """
+  config.check(cfg, params)
+  return loop.generate(
+    serve.prefill, serve.step, cfg, fuse(cfg, params), prompt_BL, length_B=length_B, steps=steps,
+    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
+  )
 
 
 def _check_tokens(cfg: ModelConfig, token_BL: Any, place: str) -> None:

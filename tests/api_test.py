@@ -10,8 +10,8 @@ import hybridlm
 from cases import models
 
 ORDER = (
-  "init", "save", "load", "forward", "calibrate", "plan", "mask", "cut", "language_loss",
-  "distillation_loss", "cost",
+  "init", "save", "load", "forward", "generate", "calibrate", "plan", "mask", "cut",
+  "language_loss", "distillation_loss", "cost",
 )
 
 
