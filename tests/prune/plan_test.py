@@ -97,20 +97,20 @@ def test_targets_that_cannot_be_met_are_refused(made, targets, message):
 
 
 def layered(pattern):
-  """Returns a model and depth scores of 0, 1, 2, .. squared, block 1 best of all."""
+  """Returns a model and depth scores whose sums by layer order layers as no single block does."""
   cfg = models.make(pattern=pattern)
-  score_X = np.arange(len(pattern), dtype=np.float32) ** 2
-  score_X[1] = 70.0
+  score_X = np.array([5, 5, 0, 8, 6, 1, 1, 1], np.float32)[: len(pattern)]
   return cfg, Scores({"score_X": score_X}, 1.0, {"parameters": "x"})
 
 
 def test_layers_stay_whole_and_the_best_sums_of_two_blocks_win():
-  cfg, scores = layered("M-*-*-M-")  # sums 70, 13, 41, 85
+  cfg, scores = layered("M-*-*-M-")  # sums 10, 8, 7, 2
+  assert hybridlm.plan(cfg, scores, {"layers": 1}).blocks == (0, 1)
   plan = hybridlm.plan(cfg, scores, {"layers": 2})
-  assert plan.blocks == (0, 1, 6, 7) and plan.small_config().pattern == "M-M-"
-  assert hybridlm.plan(cfg, scores, {"layers": 3}).blocks == (0, 1, 4, 5, 6, 7)
+  assert plan.blocks == (0, 1, 2, 3) and plan.small_config().pattern == "M-*-"
+  assert hybridlm.plan(cfg, scores, {"layers": 3}).blocks == (0, 1, 2, 3, 4, 5)
   # By blocks the same scores would tear layers apart.
-  assert hybridlm.plan(cfg, scores, {"blocks": 4}).blocks == (1, 5, 6, 7)
+  assert hybridlm.plan(cfg, scores, {"blocks": 4}).blocks == (0, 1, 3, 4)
 
 
 @pytest.mark.parametrize("pattern, layers, message", [
