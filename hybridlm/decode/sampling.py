@@ -15,8 +15,8 @@ def check(*, temperature: float, top_k: int | None, top_p: float | None) -> None
   """
   if not 0 <= temperature < float("inf"):
     raise ValueError(f"sampling: temperature={temperature!r} must be a number of at least 0")
-  if top_k is not None and (isinstance(top_k, bool) or top_k != int(top_k) or top_k < 1):
-    raise ValueError(f"sampling: top_k={top_k!r} must be a whole number of at least 1")
+  if top_k is not None and top_k < 1:
+    raise ValueError(f"sampling: top_k={top_k} must be at least 1")
   if top_p is not None and not 0 < top_p <= 1:
     raise ValueError(f"sampling: top_p={top_p!r} must lie in (0, 1]")
 
@@ -66,7 +66,7 @@ def draw(
   if top_p is not None:
     share_BV = jax.nn.softmax(logits_BV, axis=1)
     before_BV = jnp.cumsum(share_BV, axis=1) - share_BV
-    logits_BV = jnp.where(before_BV < top_p, logits_BV, -jnp.inf)
+    logits_BV = jnp.where(before_BV >= top_p, -jnp.inf, logits_BV)
   choice_B = greedy(logits_BV + _noise(key_B, kept))
   # What `greedy` says of logits that are not numbers lies outside `id_BV`.
   token_B1 = jnp.take_along_axis(
