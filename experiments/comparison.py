@@ -131,7 +131,8 @@ def _parts(source: Side, made: Side, plan: Plan | None) -> dict[str, float]:
   small_BLD = SCALE * np.random.default_rng(0).standard_normal((*PROBE, len(keep_D)), np.float32)
   x_BLD = np.zeros((*PROBE, source.cfg.D), np.float32)
   x_BLD[..., keep_D] = small_BLD
-  for new, old in enumerate(plan.blocks):
+  # Backwards: what was read and written last is still in the page cache.
+  for new, old in reversed(list(enumerate(plan.blocks))):
     masked, kept = stream.mask_block(source.cfg, plan, old, _folder(source.leaves, old))
     want_BLD = _added(_exact(source.cfg), source.cfg.blocks[old], masked, x_BLD, kept)
     del masked

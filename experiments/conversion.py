@@ -14,19 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import numpy as jnp
 
-from experiments import artefacts, comparison
-from hybridlm import config, lazy
+from experiments import comparison
+from hybridlm import axes, config, lazy
 from hybridlm.config import ModelConfig
-from hybridlm.interop import folders, gguf, huggingface, native
+from hybridlm.interop import dispatch, folders, gguf, huggingface, native
 from hybridlm.prune import stream
 from hybridlm.prune.plan import Plan
 
-FORMATS = ("hf", "hybridlm")
 DTYPES = ("float32", "bfloat16")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION = "generation_config.json"
-# What stays in float32 in a folder of ours, whatever the dtype asked for: all but these.
-CAST = ("w_", "conv_x", "conv_b", "conv_c")
+# Stems of what is multiplied beside the projections `w_*`; all else of a folder of ours stays as
+# it is, gains and what a scan reads in float32.
+TAPS = ("conv_x", "conv_b", "conv_c")
 
 
 class Job(NamedTuple):
@@ -55,30 +54,6 @@ class Report(NamedTuple):
   error: float
 
 
-def open_source(path: str | os.PathLike) -> tuple[ModelConfig, lazy.Leaves]:
-  """Returns the config and the leaves of whatever a path holds.
-
-  Raises:
-    FileNotFoundError: there is nothing.
-    ValueError: it is nothing that can be read, or it is damaged.
-  """
-  path = pathlib.Path(path)
-  if path.is_file():
-    return gguf.open(path)
-  if not path.is_dir():
-    raise FileNotFoundError(f"{path}: no such file or folder")
-  if (path / huggingface.CONFIG).is_file():
-    return huggingface.open(path)
-  if all((path / name).is_file() for name in artefacts.MODEL):
-    cfg, params = artefacts.load_model(path)
-    return cfg, lazy.of(params)
-  if (path / native.FILE).is_file():
-    return native.open(path)
-  raise ValueError(
-    f"{path}: holds no model: neither {huggingface.CONFIG} nor {native.FILE} is there"
-  )
-
-
 def convert(job: Job, *, say: Callable[[str], None]) -> Report:
   """Writes the target, verifies it, puts it in place, and returns what that took.
 
@@ -90,7 +65,7 @@ def convert(job: Job, *, say: Callable[[str], None]) -> Report:
   target = pathlib.Path(os.path.abspath(job.target))
   folders.check_target(target)
   plan = None if job.plan is None else Plan.load(job.plan)
-  cfg, leaves = open_source(job.source)
+  cfg, leaves = dispatch.open(job.source)
   say(f"source: {_describe(cfg, leaves)}")
   small_cfg, small = (cfg, leaves) if plan is None else stream.cut(cfg, leaves, plan)
   _check_format(job, small_cfg)
@@ -106,7 +81,7 @@ def convert(job: Job, *, say: Callable[[str], None]) -> Report:
     _write(job, written, small_cfg, small, texts)
   middle = time.monotonic()
   try:
-    got_cfg, got = open_source(written)
+    got_cfg, got = dispatch.open(written)
     source = comparison.Side(cfg, leaves)
     error = comparison.compare(
       source, comparison.Side(got_cfg, got), plan, narrowed=_narrowed(job, leaves)
@@ -187,10 +162,11 @@ def _write(
 
 
 def _cast(path: str, leaf: lazy.Leaf, dtype: str) -> lazy.Leaf:
-  """Returns a leaf in another dtype; gains, biases and what a scan reads keep float32."""
-  multiplied = path.rpartition("/")[2].startswith(CAST)
-  chosen = np.dtype(jnp.dtype(dtype if multiplied else "float32"))
-  if chosen == leaf.dtype or (not multiplied and dtype == "bfloat16"):
+  """Returns a leaf in another dtype, unless digits would be lost where sums need them."""
+  stem = axes.stem(path.rpartition("/")[2])
+  chosen = np.dtype(jnp.dtype(dtype))
+  multiplied = stem.startswith("w_") or stem in TAPS
+  if chosen == leaf.dtype or (dtype == "bfloat16" and not multiplied):
     return leaf
   return lazy.Leaf(leaf.shape, chosen, lambda: leaf.read().astype(chosen))
 
@@ -217,4 +193,4 @@ def _texts(source: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def _ids(plain: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: plain[key] for key in TOKEN_IDS if plain.get(key) is not None}
+  return {key: plain[key] for key in huggingface.TOKENS if plain.get(key) is not None}

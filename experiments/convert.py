@@ -3,8 +3,8 @@
 python -m experiments.convert --source=FOLDER_OR_FILE --target=FOLDER [--format=hf|hybridlm]
     [--family=NAME] [--plan=plan.json] [--dtype=float32|bfloat16]
 
-Sources: a Hugging Face folder, a folder of ours, a model of a workdir, a GGUF file. The target
-takes its name when it is whole and verified; tokenizer files are carried on.
+Sources: a Hugging Face folder, a folder of ours (the folder `model` of a stage is one), a GGUF
+file. The target takes its name when it is whole and verified; tokenizer files are carried on.
 """
 
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import console, conversion
+from hybridlm.interop import dispatch
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,14 +25,14 @@ def main(argv: Sequence[str]) -> None:
   """
   values = flags.FlagValues()
   text = {
-    "source": "What to read: a Hugging Face folder, one of ours, a workdir's model, a GGUF file.",
+    "source": "What to read: a Hugging Face folder, one of ours, or a GGUF file.",
     "target": "The folder to write; one that was written so before is replaced.",
     "family": "Published architecture to write, with --format=hf; default: the first that fits.",
     "plan": "Manifest of a pruning plan made for the source.",
   }
   for name, about in text.items():
     flags.DEFINE_string(name, None, about, flag_values=values)
-  flags.DEFINE_enum("format", "hf", conversion.FORMATS, "Of the target.", flag_values=values)
+  flags.DEFINE_enum("format", "hf", dispatch.FORMATS, "Of the target.", flag_values=values)
   flags.DEFINE_enum(
     "dtype", None, conversion.DTYPES, "Of the weights; default: as they are.", flag_values=values
   )

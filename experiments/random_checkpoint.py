@@ -8,7 +8,6 @@ What conversions are tried and measured on at sizes that nobody trains for a tes
 
 import functools
 import math
-import pathlib
 import sys
 import time
 import zlib
@@ -19,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import console, conversion
+from experiments import console
 from hybridlm import axes, config, lazy
 from hybridlm.config import ModelConfig, block_name
-from hybridlm.interop import huggingface, native
+from hybridlm.interop import dispatch
 from hybridlm.prune import stream
 from hybridlm.prune.plan import Plan
 
@@ -131,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
   values = flags.FlagValues()
   for name in ("preset", "target", "plan", "targets"):
     flags.DEFINE_string(name, None, "See above.", flag_values=values)
-  flags.DEFINE_enum("format", "hf", conversion.FORMATS, "Of the folder.", flag_values=values)
+  flags.DEFINE_enum("format", "hf", dispatch.FORMATS, "Of the folder.", flag_values=values)
   flags.DEFINE_integer("seed", 0, "Equal seeds give equal weights.", flag_values=values)
   if not console.parse(values, argv, __doc__):
     return
@@ -142,11 +141,10 @@ def main(argv: Sequence[str]) -> None:
   if small is not None:
     random_plan(cfg, small, "", seed=values.seed)
   begin, made = time.monotonic(), leaves(cfg, seed=values.seed)
-  write = huggingface.write if values.format == "hf" else native.write
-  write(pathlib.Path(values.target), cfg, made)
+  dispatch.write(values.target, cfg, made, format=values.format)
   print(f"{values.target}: {values.preset}, {time.monotonic() - begin:.1f} s")
   if small is not None:
-    source = conversion.open_source(values.target)[1]
+    source = dispatch.open(values.target)[1]
     random_plan(cfg, small, stream.tree_hash(source), seed=values.seed).save(values.plan)
     print(f"{values.plan}: cuts it to {values.targets}")
 
