@@ -34,6 +34,22 @@ def training(steps: int, peak: float) -> ml_collections.ConfigDict:
   })
 
 
+def model() -> ml_collections.ConfigDict:
+  """A teacher that is pretrained: its pattern and sizes, and how it computes."""
+  c = ml_collections.ConfigDict()
+  c.preset = ""  # a published model by name; then pattern and sizes stay unset
+  c.pattern = ""  # one character a block: M Mamba-2, * attention, - MLP
+  for letter in "VDFKJEGHPNW":
+    c[letter] = config_dict.placeholder(int)  # V unset: as many rows as the tokenizer has ids
+  # Unset: what `hybridlm.ModelConfig` and its blocks take, or the preset. Of an imported teacher only
+  # dtype, remat, ssd, attention and chunk can be set.
+  for name in ("activation", "norm", "dtype", "remat", "ssd", "attention"):
+    c[name] = config_dict.placeholder(str)
+  c.tied = config_dict.placeholder(bool)
+  c.chunk = config_dict.placeholder(int)
+  return c
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns the tree of defaults."""
   c = ml_collections.ConfigDict()
@@ -51,17 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
   # ((step, (("main", 0.9), ("other", 0.1))), ...): what training mixes from which step on.
   c.data.phases = ((0, (("main", 1.0),)),)
 
-  c.model = ml_collections.ConfigDict()
-  c.model.preset = ""  # a published model by name; then pattern and sizes stay unset
-  c.model.pattern = ""  # one character a block: M Mamba-2, * attention, - MLP
-  for letter in "VDFKJEGHPNW":
-    c.model[letter] = config_dict.placeholder(int)  # V unset: as many rows as the tokenizer has ids
-  # Unset: what `hybridlm.ModelConfig` and its blocks take, or the preset.
-  for name in ("activation", "norm", "dtype", "remat", "ssd", "attention"):
-    c.model[name] = config_dict.placeholder(str)
-  c.model.tied = config_dict.placeholder(bool)
-  c.model.chunk = config_dict.placeholder(int)
-
+  c.model = model()
   c.teacher = training(steps=1000, peak=3e-3)
   # A Hugging Face folder, one of ours, or a GGUF file; "package:NAME/FILE" lies in an installed
   # package. Empty: pretrain a teacher, once, and cache it.
