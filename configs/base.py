@@ -41,8 +41,8 @@ def model() -> ml_collections.ConfigDict:
   c.pattern = ""  # one character a block: M Mamba-2, * attention, - MLP
   for letter in "VDFKJEGHPNW":
     c[letter] = config_dict.placeholder(int)  # V unset: as many rows as the tokenizer has ids
-  # Unset: what `hybridlm.ModelConfig` and its blocks take, or the preset. Of an imported teacher only
-  # dtype, remat, ssd, attention and chunk can be set.
+  # Unset: what `hybridlm.ModelConfig` and its blocks take, or the preset. Of an imported teacher
+  # only dtype, remat, ssd, attention and chunk can be set.
   for name in ("activation", "norm", "dtype", "remat", "ssd", "attention"):
     c[name] = config_dict.placeholder(str)
   c.tied = config_dict.placeholder(bool)
