@@ -1,7 +1,8 @@
 """Whether a model on disk is the one it was made from: finite, equal block by block, or whole."""
 
+import concurrent.futures
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -131,16 +132,30 @@ def _parts(source: Side, made: Side, plan: Plan | None) -> dict[str, float]:
   small_BLD = SCALE * np.random.default_rng(0).standard_normal((*PROBE, len(keep_D)), np.float32)
   x_BLD = np.zeros((*PROBE, source.cfg.D), np.float32)
   x_BLD[..., keep_D] = small_BLD
-  # Backwards: what was read and written last is still in the page cache.
-  for new, old in reversed(list(enumerate(plan.blocks))):
-    masked, kept = stream.mask_block(source.cfg, plan, old, _folder(source.leaves, old))
+  for new, old, theirs, ours in _blocks(source, made, plan):
+    masked, kept = stream.mask_block(source.cfg, plan, old, theirs)
     want_BLD = _added(_exact(source.cfg), source.cfg.blocks[old], masked, x_BLD, kept)
-    del masked
-    got_BLD = _added(
-      _exact(made.cfg), made.cfg.blocks[new], _folder(made.leaves, new), small_BLD, {}
-    )
+    got_BLD = _added(_exact(made.cfg), made.cfg.blocks[new], ours, small_BLD, {})
     errors[f"block {new}"] = _error(got_BLD, want_BLD[..., keep_D])
+    del theirs, ours, masked
   return errors
+
+
+def _blocks(source: Side, made: Side, plan: Plan) -> Iterator[tuple[int, int, Any, Any]]:
+  """Yields numbers and leaves of blocks on both sides; the next is read while one is compared."""
+
+  def read(new: int, old: int) -> tuple[int, int, Any, Any]:
+    return new, old, _folder(source.leaves, old), _folder(made.leaves, new)
+
+  # Backwards: what was read and written last is still in the page cache.
+  order = list(reversed(list(enumerate(plan.blocks))))
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    ahead = pool.submit(read, *order[0])
+    for following in [*order[1:], None]:
+      found = ahead.result()
+      ahead = None if following is None else pool.submit(read, *following)
+      yield found
+      del found
 
 
 def _folder(leaves: lazy.Leaves, index: int) -> dict[str, jax.Array]:
