@@ -25,7 +25,7 @@ EXTRAS = {
   "gguf": ("gguf>=0.19",),
   "lm_eval": ("lm_eval>=0.4.13",),
   # Peers that tests compare with; the library itself never imports them.
-  "parity": ("safetensors>=0.8", "torch==2.13.0", "transformers>=5.23"),
+  "parity": ("accelerate>=1.12", "safetensors>=0.8", "torch==2.13.0", "transformers>=5.23"),
   "test": (
     "beartype>=0.23",
     "gguf>=0.19",
