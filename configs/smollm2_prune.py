@@ -28,7 +28,8 @@ def get_config():
   c.calibrate.update(batches=8, batch=4, axes="D", depth="influence")
   c.targets.update(layers=22, D=540)
 
-  c.distil.update(steps=30, batch=4, peak=3e-4, warmup=5, validate_every=10, save_every=0)
+  c.distil.update(steps=60, batch=2, peak=3e-4, warmup=10, validate_every=20, save_every=0)
+  c.distil.validate_batches = 2
   c.export.format = "hf"
   c.scratch.run = "none"
   c.evaluate.update(batches=4, batch=4, speed_repeats=2, ngram=0)

@@ -90,7 +90,10 @@ def _train(
   folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, peak: float | None
 ) -> None:
   optimizer = settings.optimizer(run, peak=peak)
-  frozen = None if recipe.frozen is None else placed(recipe.frozen, grid)
+  # Nothing donates it, so it may stay in the buffers it has.
+  frozen = recipe.frozen
+  if frozen is not None:
+    frozen = jax.device_put(frozen, meshes.shardings(grid, frozen, meshes.RULES))
   start = placed(state.create(recipe.params, optimizer), grid)
   valid = [meshes.shard_batch(grid, batch) for batch in recipe.valid]
   evaluate = step.make_eval(recipe.loss_fn)
