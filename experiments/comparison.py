@@ -147,8 +147,8 @@ def _blocks(source: Side, made: Side, plan: Plan) -> Iterator[tuple[int, int, An
   def read(new: int, old: int) -> tuple[int, int, Any, Any]:
     return new, old, _folder(source.leaves, old), _folder(made.leaves, new)
 
-  # Backwards: what was read and written last is still in the page cache.
-  order = list(reversed(list(enumerate(plan.blocks))))
+  # From the first on: files are written backwards, and what came last is in the page cache.
+  order = list(enumerate(plan.blocks))
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     ahead = pool.submit(read, *order[0])
     for following in [*order[1:], None]:

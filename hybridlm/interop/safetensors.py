@@ -229,6 +229,10 @@ def _sharded(folder: pathlib.Path) -> dict[str, Tensor]:
   return {name: found[name] for name in weights}
 
 
+def _size(item: Item) -> int:
+  return math.prod(item[1]) * np.dtype(item[2]).itemsize
+
+
 def _shards(sizes: Sequence[int], limit: int) -> list[list[int]]:
   """Returns item numbers by shard, in order; a tensor larger than a shard has one of its own."""
   shards: list[list[int]] = [[]]
@@ -253,8 +257,8 @@ def write_folder(
 
   Args:
     folder: an existing folder.
-    tensors: `(name, shape, dtype, read)`; each is read when its turn comes, and two are held at
-      a time at most. `read()` may return a view of any memory order.
+    tensors: `(name, shape, dtype, read)`; each is read when its turn comes, from the last to the
+      first, and two are held at a time at most. `read()` may return a view of any memory order.
     shard_bytes: most bytes of tensors in a file.
     metadata: strings that every file's header carries.
 
@@ -269,13 +273,13 @@ def write_folder(
   if twice or unknown:
     what = f"{clip(unknown[0][0])} has dtype {unknown[0][2]}" if unknown else "a name stands twice"
     raise ValueError(f"{folder}: cannot be written as safetensors: {what}")
-  sizes = [math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype, _ in items]
+  sizes = [_size(item) for item in items]
   shards = _shards(sizes, shard_bytes)
   if len(shards) == 1:
     write_file(folder / SINGLE, items, metadata=metadata)
     return
   weights = {}
-  for number, shard in enumerate(shards, 1):
+  for number, shard in reversed(list(enumerate(shards, 1))):
     name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     write_file(folder / name, [items[index] for index in shard], metadata=metadata)
     weights |= {items[index][0]: name for index in shard}
@@ -316,9 +320,9 @@ def write_file(
   items = sorted(items, key=lambda item: -np.dtype(item[2]).itemsize)
   table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
   at = 0
-  for name, shape, dtype, _ in items:
-    stop = at + math.prod(shape) * np.dtype(dtype).itemsize
-    code = CODES[np.dtype(dtype)]
+  for item in items:
+    name, shape, dtype, _ = item
+    stop, code = at + _size(item), CODES[np.dtype(dtype)]
     table[name] = {"dtype": code, "shape": list(map(int, shape)), "data_offsets": [at, stop]}
     at = stop
   text = json.dumps(table, separators=(",", ":")).encode()
@@ -330,9 +334,13 @@ def write_file(
 
 
 def _stream(handle: int, items: Sequence[Item], at: int, pool) -> None:
-  """Writes tensors one after the other; the next is read while the last is on its way."""
+  """Writes tensors from the last to the first; one is read while the one before is on its way.
+
+  Backwards, because a source that was hashed just before is in the page cache from its end on.
+  """
   under_way: list[concurrent.futures.Future] = []
-  for name, shape, dtype, fetch in items:
+  at += sum(_size(item) for item in items)
+  for name, shape, dtype, fetch in reversed(items):
     array = fetch()
     if array.shape != tuple(shape) or array.dtype != dtype:
       raise ValueError(
@@ -340,9 +348,9 @@ def _stream(handle: int, items: Sequence[Item], at: int, pool) -> None:
       )
     _finish(under_way)
     under_way = []
+    at -= array.nbytes
     for start, piece in _offsets(array):
       under_way.append(pool.submit(_write_piece, handle, piece, at + start))
-    at += array.nbytes
     del array
   _finish(under_way)
 

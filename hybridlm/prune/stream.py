@@ -3,7 +3,7 @@
 import concurrent.futures
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -111,28 +111,39 @@ def mask_block(
   return masked, kept
 
 
-def _canonical(leaves: lazy.Leaves) -> Iterator[bytes | memoryview]:
+def _ahead(pool: concurrent.futures.Executor, steps: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+  """Yields each step's result while another thread works on the next; never two at a time."""
+  coming = None
+  for step in steps:
+    found = None if coming is None else [coming.result()]
+    coming = pool.submit(step)
+    if found:
+      yield found.pop()
+  if coming is not None:
+    yield coming.result()
+
+
+def _canonical(pool: concurrent.futures.Executor, leaves: lazy.Leaves) -> Iterator[Any]:
   """Yields what `trees.tree_hash` digests, in its order."""
-  for path in sorted(leaves, key=lambda path: path.split("/")):
-    leaf = leaves[path]
-    yield f"{path} {leaf.dtype} {leaf.shape}\n".encode()
-    array = leaf.read()
+  paths = sorted(leaves, key=lambda path: path.split("/"))
+  arrays = _ahead(pool, (leaves[path].read for path in paths))
+  for path, array in zip(paths, arrays, strict=True):
+    yield f"{path} {leaves[path].dtype} {leaves[path].shape}\n".encode()
     for piece in strides.pieces(array, PIECE):
       yield strides.raw(piece)
-    del array
 
 
 def tree_hash(leaves: lazy.Leaves) -> str:
   """Returns the SHA-256 of a tree that is not in memory: equal to `trees.tree_hash` of it.
 
-  Another thread reads and reorders one piece ahead of the hashing.
+  One thread reads a leaf ahead, another puts its pieces in order, one ahead of the hashing.
   """
   digest = hashlib.sha256()
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    coming = functools.partial(pool.submit, next, _canonical(leaves), None)
-    ahead = coming()
-    while (piece := ahead.result()) is not None:
-      ahead = coming()
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    pieces = _canonical(pool, leaves)
+    for piece in _ahead(pool, iter(lambda: functools.partial(next, pieces, None), None)):
+      if piece is None:
+        break
       digest.update(piece)
   return digest.hexdigest()
 
