@@ -23,13 +23,14 @@ from hybridlm.config import PRESETS
 
 RESULT = """# Converting and pruning without loading
 
-An {name}-shaped random folder (bfloat16, {source:.1f} GB in {files} files) on two shared cores:
+A random folder of the preset {preset} (bfloat16, {source:.1f} GB in {files} files) on two shared cores:
 
 | | seconds | of a copy | peak resident memory |
 |---|---|---|---|
 | copying its files, synced to disk | {copy:.0f} | 1.00 | |
 {rows}
-Made by `python -m experiments.bench_convert --folder=FOLDER --preset={preset} --targets={targets}`.
+Made by `python -m experiments.bench_convert --folder=FOLDER --preset={preset}
+--targets={targets} --result=docs/results/convert.md`.
 Every run starts with the source out of the page cache, and ends with its files synced to disk.
 *Reading and writing* is all that makes the target; with a plan it includes hashing the source,
 which tells that the plan was made for these very parameters. *With verification* adds opening
@@ -119,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     rows += _row(f"{name}: with verification", made + report.verify_s, copied, memory)
   size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
   text = RESULT.format(
-    name=values.preset, source=size, files=len(list(source.glob("*.safetensors"))), copy=copied,
+    source=size, files=len(list(source.glob("*.safetensors"))), copy=copied,
     rows=rows, preset=values.preset, targets=values.targets,
   )
   print(text)
