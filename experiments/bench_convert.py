@@ -23,7 +23,8 @@ from hybridlm.config import PRESETS
 
 RESULT = """# Converting and pruning without loading
 
-A random folder of the preset {preset} (bfloat16, {source:.1f} GB in {files} files) on two shared cores:
+A random folder of the preset {preset} (bfloat16, {source:.1f} GB in {files} files) on two shared
+cores:
 
 | | seconds | of a copy | peak resident memory |
 |---|---|---|---|
