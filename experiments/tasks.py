@@ -115,8 +115,10 @@ def generator(cfg: ModelConfig, params: Any) -> Callable[..., Iterator[Any]]:
   """Returns what `eval.harness` takes as `generate`; weights are fused when it is first called."""
   fused = functools.cache(functools.partial(serve.fuse, cfg, params))
 
-  def generate(token_BL, **options):
-    return loop.stream(serve.prefill, serve.step, cfg, fused(), token_BL, every=EVERY, **options)
+  def generate(token_BL, *, stop=(), **options):
+    known = tuple(token for token in stop if token < cfg.V)  # an end the model cannot predict
+    options = {"every": EVERY, "stop": known} | options
+    return loop.stream(serve.prefill, serve.step, cfg, fused(), token_BL, **options)
 
   return generate
 
