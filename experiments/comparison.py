@@ -15,7 +15,8 @@ from hybridlm.nn import lm
 from hybridlm.prune import cut, stream
 from hybridlm.prune.plan import Plan
 
-# Largest difference, as a share of the largest output; weights may have lost digits on the way.
+# Largest difference, as a share of the largest output. Where the target has fewer digits the source
+# is rounded first; what is stored as another number, like 1 + w as w, is rounded at another place.
 TOLERANCE, NARROWED = 1e-4, 5e-2
 # Bytes in float32 up to which whole models are compared, instead of one block after the other.
 SMALL = 1 << 30
@@ -82,12 +83,26 @@ def compare(source: Side, made: Side, plan: Plan | None, *, narrowed: bool) -> f
   if found != wanted:
     raise RuntimeError("conversion: the target read back is a model of another shape")
   tolerance = NARROWED if narrowed else TOLERANCE
+  source = _rounded(source, made) if narrowed else source
   sizes = [4 * config.parameters(side.cfg) for side in (source, made)]
   errors = _whole(source, made, plan) if max(sizes) < SMALL else _parts(source, made, plan)
   for place, error in errors.items():
     if not error <= tolerance:
       raise RuntimeError(f"conversion: {place} of the target differs by {error:.2e} of the largest")
   return max(errors.values())
+
+
+def _rounded(source: Side, made: Side) -> Side:
+  """Returns the source with the digits that the target's leaves of the same name have."""
+  short = np.dtype(jnp.bfloat16)
+  names = {path.rpartition("/")[2] for path, leaf in made.leaves.items() if leaf.dtype == short}
+
+  def fewer(path: str, leaf: lazy.Leaf) -> lazy.Leaf:
+    if path.rpartition("/")[2] not in names:
+      return leaf
+    return lazy.Leaf(leaf.shape, short, lambda: leaf.read().astype(short))
+
+  return Side(source.cfg, {path: fewer(path, leaf) for path, leaf in source.leaves.items()})
 
 
 def _exact(cfg: ModelConfig) -> ModelConfig:
