@@ -1,15 +1,12 @@
 """Models from one format to another, whole or cut by a plan, without ever being in memory."""
 
-import contextlib
-import json
 import os
 import pathlib
 import resource
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jax import numpy as jnp
@@ -17,12 +14,11 @@ from jax import numpy as jnp
 from experiments import comparison
 from hybridlm import axes, config, lazy
 from hybridlm.config import ModelConfig
-from hybridlm.interop import dispatch, folders, gguf, huggingface, native
+from hybridlm.interop import beside, dispatch, folders, huggingface, native
 from hybridlm.prune import stream
 from hybridlm.prune.plan import Plan
 
 DTYPES = ("float32", "bfloat16")
-GENERATION = "generation_config.json"
 # Stems of what is multiplied beside the projections `w_*`; all else of a folder of ours stays as
 # it is, gains and what a scan reads in float32.
 TAPS = ("conv_x", "conv_b", "conv_c")
@@ -69,16 +65,15 @@ def convert(job: Job, *, say: Callable[[str], None]) -> Report:
   say(f"source: {_describe(cfg, leaves)}")
   small_cfg, small = (cfg, leaves) if plan is None else stream.cut(cfg, leaves, plan)
   _check_format(job, small_cfg)
-  with _texts(job.source) as texts:
-    folders.check_tokenizer(texts, small_cfg.real_vocabulary)
-    seconds = _check_plan(job, leaves, plan)
-    if plan is None:
-      small = {path: comparison.finite(path, leaf, job.source) for path, leaf in small.items()}
-    else:
-      say(f"plan: made for this source; hashing it took {seconds:.1f} s")
-    written = target.with_name(f"{target.name}.unverified")
-    begin = time.monotonic()
-    _write(job, written, small_cfg, small, texts)
+  beside.check(beside.gather(job.source), small_cfg.real_vocabulary)
+  seconds = _check_plan(job, leaves, plan)
+  if plan is None:
+    small = {path: comparison.finite(path, leaf, job.source) for path, leaf in small.items()}
+  else:
+    say(f"plan: made for this source; hashing it took {seconds:.1f} s")
+  written = target.with_name(f"{target.name}.unverified")
+  begin = time.monotonic()
+  _write(job, written, small_cfg, small)
   middle = time.monotonic()
   try:
     got_cfg, got = dispatch.open(written)
@@ -146,19 +141,16 @@ def _narrowed(job: Job, leaves: lazy.Leaves) -> bool:
   return job.dtype == "bfloat16" and wide
 
 
-def _write(
-  job: Job, target: pathlib.Path, cfg: ModelConfig, leaves: lazy.Leaves, texts: pathlib.Path
-) -> None:
+def _write(job: Job, target: pathlib.Path, cfg: ModelConfig, leaves: lazy.Leaves) -> None:
   if job.format == "hf":
-    published = (pathlib.Path(job.source) / huggingface.CONFIG).is_file()
-    # A published source's own family is the first choice; None lets `like` say it.
-    family = job.family if published else huggingface.describe(cfg, job.family)[0]
-    huggingface.write(target, cfg, leaves, family=family, like=texts, dtype=job.dtype)
+    huggingface.write(
+      target, cfg, leaves, family=job.family, like=job.source, dtype=job.dtype
+    )
     return
   if job.dtype is not None:
     cfg = cfg.replace(dtype=job.dtype)
     leaves = {path: _cast(path, leaf, job.dtype) for path, leaf in leaves.items()}
-  native.write(target, cfg, leaves, like=texts)
+  native.write(target, cfg, leaves, like=job.source)
 
 
 def _cast(path: str, leaf: lazy.Leaf, dtype: str) -> lazy.Leaf:
@@ -169,28 +161,3 @@ def _cast(path: str, leaf: lazy.Leaf, dtype: str) -> lazy.Leaf:
   if chosen == leaf.dtype or (dtype == "bfloat16" and not multiplied):
     return leaf
   return lazy.Leaf(leaf.shape, chosen, lambda: leaf.read().astype(chosen))
-
-
-@contextlib.contextmanager
-def _texts(source: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a folder with what goes beside the weights: tokenizer files and the special ids."""
-  with tempfile.TemporaryDirectory() as name:
-    texts, source = pathlib.Path(name), pathlib.Path(source)
-    plain: dict[str, Any] = {}
-    if source.is_file():
-      for file, content in gguf.files(source).items():
-        (texts / file).write_text(content, "utf-8")
-    else:
-      folders.carry(source, texts)
-      if (source / huggingface.CONFIG).is_file():
-        plain = folders.read_json(source, huggingface.CONFIG)
-    stated = folders.read_json(texts, GENERATION) if (texts / GENERATION).is_file() else {}
-    plain = {**_ids(stated), **plain, **_ids(plain)}
-    (texts / huggingface.CONFIG).write_text(json.dumps(plain), "utf-8")
-    if _ids(plain) and not stated:
-      (texts / GENERATION).write_text(json.dumps(_ids(plain), indent=1) + "\n", "utf-8")
-    yield texts
-
-
-def _ids(plain: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: plain[key] for key in huggingface.TOKENS if plain.get(key) is not None}

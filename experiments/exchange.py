@@ -1,17 +1,16 @@
 """Models from elsewhere as teachers, and the small model as a folder that others load."""
 
 import importlib.util
-import json
 import pathlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import artefacts
+from experiments import artefacts, comparison
 from hybridlm import api, config, lazy
 from hybridlm.config import ModelConfig
-from hybridlm.interop import dispatch, folders, gguf, huggingface, native
+from hybridlm.interop import beside, dispatch, huggingface, native
 
 PACKAGE = "package:"
 # In a teacher's folder: what a published model has beside its weights.
@@ -67,36 +66,17 @@ def bring(folder: pathlib.Path, source: pathlib.Path, cfg: ModelConfig) -> None:
   """
   _, leaves = dispatch.open(source)
   _write_like(folder / LIKE, source)
-  checked = {path: leaf._replace(read=_finite(source, path, leaf)) for path, leaf in leaves.items()}
+  checked = {path: comparison.finite(path, leaf, str(source)) for path, leaf in leaves.items()}
   native.write(folder / artefacts.MODEL, cfg, checked, like=folder / LIKE)
-
-
-def _finite(source: pathlib.Path, path: str, leaf: lazy.Leaf):
-  def read() -> np.ndarray:
-    value = leaf.read()
-    if not np.isfinite(value).all():
-      raise ValueError(f"{source}: the weights of leaf {path!r} are not finite")
-    return value
-
-  return read
 
 
 def _write_like(folder: pathlib.Path, source: pathlib.Path) -> None:
   """Writes tokenizer files, and a config.json with nothing but the family and the special ids."""
+  found = beside.gather(source)
   folder.mkdir(exist_ok=True)
-  plain: dict[str, Any] = {}
-  if source.is_file():
-    files = gguf.files(source)
-    for name, text in files.items():
-      artefacts.write_bytes(folder / name, text.encode())
-    plain = {"model_type": gguf.ARCHITECTURE, **json.loads(files["generation_config.json"])}
-  else:
-    folders.carry(source, folder)
-    if (source / huggingface.CONFIG).is_file():
-      found = folders.read_json(source, huggingface.CONFIG)
-      kept = ("model_type", *huggingface.TOKENS)
-      plain = {key: found[key] for key in kept if found.get(key) is not None}
-  artefacts.write_json(folder / huggingface.CONFIG, plain)
+  beside.write(folder, found)
+  family = {} if found.family is None else {"model_type": found.family}
+  artefacts.write_json(folder / beside.CONFIG, family | dict(found.ids))
 
 
 def check(cfg: ModelConfig, kind: str, family: str | None) -> None:
@@ -132,8 +112,6 @@ def export(
   """
   place = folder / PUBLISHED
   source = like if like.is_dir() else None
-  if source and "model_type" not in folders.read_json(source, huggingface.CONFIG):
-    family, _ = huggingface.describe(cfg, family)  # the teacher's is not known
   name = huggingface.write(place, cfg, lazy.of(params), family=family, like=source)
   again_cfg, leaves = huggingface.open(place)
   again = lazy.tree({path: jnp.asarray(leaf.read()) for path, leaf in leaves.items()})

@@ -107,7 +107,7 @@ def save(
     format: "hybridlm", our own; "hf": `config.json` and safetensors for transformers and vLLM.
     family: "hf" only: the published class, such as "nemotron_h"; None takes the first that can
       say this model.
-    like: a folder whose tokenizer files and token ids are carried on.
+    like: a model on disk whose tokenizer files and token ids are carried on.
 
   Raises:
     ValueError: parameters of another model, or a model that no published class can say; every

@@ -51,7 +51,7 @@ def write(
     leaves: its parameters.
     format: "hybridlm", our own, or "hf": `config.json` and safetensors that transformers loads.
     family: "hf" only: the published class; None takes the first that can say this model.
-    like: a folder whose tokenizer files are carried on.
+    like: a model on disk whose tokenizer files and token ids are carried on.
 
   Raises:
     ValueError: an unknown format, or a model that the published class cannot say.

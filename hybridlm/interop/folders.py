@@ -9,10 +9,6 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-TOKENIZER_FILES = (
-  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-  "tokenizer.model", "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)
 # Left in every folder we write: what we may replace, and which files in it are ours.
 MARK = ".hybridlm"
 JSON_LIMIT = 100 << 20
@@ -88,41 +84,6 @@ def read_json(folder: str | os.PathLike, name: str) -> dict[str, Any]:
   if path.stat().st_size > JSON_LIMIT:
     raise ValueError(f"{path}: {path.stat().st_size} bytes, more than the limit of {JSON_LIMIT}")
   return parse_json(path.read_bytes(), str(path))
-
-
-def carry(source: str | os.PathLike, target: str | os.PathLike) -> tuple[str, ...]:
-  """Copies the tokenizer files that `source` holds into `target`, and returns their names.
-
-  Raises:
-    ValueError: one of them is a link that leaves its folder.
-  """
-  held = [name for name in TOKENIZER_FILES if (pathlib.Path(source) / name).is_file()]
-  for name in held:
-    shutil.copyfile(plain_file(source, name), pathlib.Path(target) / name)
-  return tuple(held)
-
-
-def check_tokenizer(folder: str | os.PathLike, V: int) -> None:
-  """Raises where `tokenizer.json` of a folder, if there is one, holds ids from V on.
-
-  Raises:
-    ValueError: names the largest id and V, or says that the file is damaged.
-  """
-  path = pathlib.Path(folder) / "tokenizer.json"
-  if not path.is_file():
-    return
-  parts = read_json(folder, "tokenizer.json")
-  added, model = parts.get("added_tokens") or [], parts.get("model")
-  table = model.get("vocab") if isinstance(model, dict) else None
-  if not isinstance(table, (dict, list)) or not isinstance(added, list):
-    raise ValueError(f"{path}: damaged: it has no vocabulary")
-  ids = list(table.values()) if isinstance(table, dict) else [len(table) - 1]
-  ids += [token.get("id") if isinstance(token, dict) else token for token in added]
-  wrong = [i for i in ids if type(i) is not int]
-  if wrong:
-    raise ValueError(f"{path}: damaged: the id {clip(wrong[0])} is not a whole number")
-  if max(ids, default=-1) >= V:
-    raise ValueError(f"{path}: holds the id {clip(max(ids))}, the model's vocabulary ends at V={V}")
 
 
 def _ours(folder: pathlib.Path) -> bool:

@@ -1,6 +1,5 @@
 """Hugging Face folders: config.json and safetensors in and out, one tensor at a time."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +10,12 @@ from jax import numpy as jnp
 
 from hybridlm import axes, config, lazy
 from hybridlm.config import Mamba, ModelConfig
-from hybridlm.interop import folders, layout, safetensors
+from hybridlm.interop import beside, folders, layout, safetensors
 from hybridlm.interop.families import FAMILIES, fields, table
 from hybridlm.interop.families.table import Family
 from hybridlm.interop.layout import Piece
 
 CONFIG = "config.json"
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Dtypes of weights on disk, and the dtype of the leaves read from them.
 DTYPES: Mapping[np.dtype, np.dtype] = {
   np.dtype(np.float32): np.dtype(np.float32),
@@ -159,7 +157,7 @@ def describe(cfg: ModelConfig, family: str | None = None) -> tuple[str, dict[str
     firsts = "; ".join(f"{each}: {_listed(found[each][:2])}" for each in names)
     raise ValueError(f"no family can express this model: {firsts}")
   chosen = FAMILIES[name]
-  common = {"architectures": [chosen.architecture], "model_type": name} | dict.fromkeys(TOKENS)
+  common = {"architectures": [chosen.architecture], "model_type": name} | dict.fromkeys(beside.IDS)
   return name, common | chosen.describe(cfg)
 
 
@@ -253,43 +251,29 @@ def write(
     cfg: the model.
     leaves: its canonical tree.
     family: as in `describe`; None: that of `like` where it can express the model.
-    like: a Hugging Face folder whose token ids and tokenizer files are carried on.
+    like: a model on disk whose token ids and tokenizer files are carried on.
     dtype: "float32" or "bfloat16"; None keeps the leaves' and states `cfg.dtype`.
 
   Raises:
-    ValueError: no family, or not that one, can express the model; a token id of `like` is
-      outside the vocabulary; something else lies at `folder`.
+    ValueError: no family, or not that one, can express the model; the tokenizer or a token id of
+      `like` is outside the vocabulary; something else lies at `folder`.
   """
-  if family is None and like is not None:
-    family = _same_family(cfg, like)
-  name, plain = describe(cfg, family)
-  plain |= {} if dtype is None else {"dtype": dtype}
-  if like is not None:
-    plain |= _token_ids(like, plain["vocab_size"])
+  found = beside.gather(like)
+  beside.check(found, cfg.real_vocabulary)
+  name, plain = describe(cfg, _same_family(cfg, found) if family is None else family)
+  plain |= found.ids if dtype is None else {**found.ids, "dtype": dtype}
   published = tensors(cfg, leaves, name, dtype=dtype)
   with folders.replacing(folder) as part:
     safetensors.write_folder(part, published, metadata=METADATA)
     (part / CONFIG).write_text(fields.dump(plain), encoding="utf-8")
-    if like is not None:
-      folders.carry(like, part)
+    beside.write(part, found)
   return name
 
 
-def _same_family(cfg: ModelConfig, like: str | os.PathLike) -> str | None:
-  """Returns the family of another folder if it can express a model."""
-  chosen = _family(fields.load(like, CONFIG), f"{os.fspath(like)}: {CONFIG}")
-  return None if table.reasons(chosen, _trimmed(cfg)) else chosen.name
-
-
-def _token_ids(like: str | os.PathLike, V: int) -> dict[str, Any]:
-  """Returns the token ids that another folder's config.json states."""
-  plain = fields.load(like, CONFIG)
-  found = {key: plain[key] for key in TOKENS if plain.get(key) is not None}
-  for key, value in found.items():
-    ids = value if isinstance(value, list) else [value]
-    if not all(type(i) is int and -1 <= i < V for i in ids):
-      raise ValueError(f"{os.fspath(like)}: {CONFIG}: {key}={json.dumps(value)} is outside V={V}")
-  return found
+def _same_family(cfg: ModelConfig, found: beside.Beside) -> str | None:
+  """Returns the family of another model if it can express this one."""
+  chosen = FAMILIES.get(found.family)
+  return None if chosen is None or table.reasons(chosen, _trimmed(cfg)) else chosen.name
 
 
 def serving_notes(cfg: ModelConfig) -> list[str]:

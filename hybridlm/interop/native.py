@@ -11,7 +11,7 @@ import numpy as np
 
 from hybridlm import axes, config, lazy
 from hybridlm.config import ModelConfig
-from hybridlm.interop import folders, safetensors
+from hybridlm.interop import beside, folders, safetensors
 from hybridlm.interop.folders import clip
 
 FORMAT = "hybridlm-model-1"
@@ -86,7 +86,7 @@ def write(
     folder: the target; one that we wrote before is replaced.
     cfg: the model.
     leaves: exactly its leaves, float32 or bfloat16.
-    like: a folder whose tokenizer files are carried on.
+    like: a model on disk whose tokenizer files are carried on.
 
   Raises:
     ValueError: the leaves are not the config's, or the target holds files of somebody else's.
@@ -95,9 +95,10 @@ def write(
   for path, leaf in leaves.items():
     if leaf.dtype not in DTYPES:
       raise ValueError(f"leaf {path!r} has dtype {leaf.dtype}, leaves are float32 or bfloat16")
+  found = beside.gather(like)
+  beside.check(found, cfg.real_vocabulary)
   with folders.replacing(folder) as part:
-    if like is not None:
-      folders.carry(like, part)
+    beside.write(part, found)
     safetensors.write_folder(part, _items(leaves), metadata={"format": FORMAT})
     plain: dict[str, Any] = {"format": FORMAT, **cfg.to_dict()}
     (part / FILE).write_text(json.dumps(plain, indent=1) + "\n", "utf-8")

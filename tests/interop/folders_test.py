@@ -1,6 +1,5 @@
 """A folder is replaced as a whole, and nothing that is not ours is lost or read."""
 
-import json
 import os
 import pathlib
 
@@ -103,51 +102,10 @@ def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path, monkeypatc
   assert texts(tmp_path / "t") == {"a": "3"} and not (tmp_path / "t.old").exists()
 
 
-def test_tokenizer_files_are_carried_on_and_weights_are_not(tmp_path):
-  source, target = tmp_path / "source", tmp_path / "target"
-  source.mkdir()
-  target.mkdir()
-  for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "model.safetensors"):
-    (source / name).write_text(name, "utf-8")
-  assert folders.carry(source, target) == ("tokenizer.json", "merges.txt", "chat_template.jinja")
-  assert texts(target) == {
-    name: name for name in ("tokenizer.json", "merges.txt", "chat_template.jinja")
-  }
-
-
-def test_a_tokenizer_file_that_is_a_link_out_of_its_folder_is_not_carried(tmp_path):
-  source = tmp_path / "source"
-  source.mkdir()
-  (tmp_path / "secret").write_text("s", "utf-8")
-  (source / "tokenizer.json").symlink_to(tmp_path / "secret")
-  with pytest.raises(ValueError, match="the link leaves the folder"):
-    folders.carry(source, tmp_path)
-
-
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\0", "a\n", 7, "x" * 300])
 def test_only_plain_names_name_a_file_of_a_folder(tmp_path, name):
   with pytest.raises(ValueError, match="is not a .*file name"):
     folders.plain_file(tmp_path, name)
-
-
-@pytest.mark.parametrize("table", [{"a": 0, "b": 30}, ["x"] * 31])
-def test_a_tokenizer_fits_a_vocabulary_that_its_largest_id_is_below(tmp_path, table):
-  path = tmp_path / "tokenizer.json"
-  folders.check_tokenizer(tmp_path, 1)
-  path.write_text(json.dumps({"model": {"vocab": table}, "added_tokens": []}), "utf-8")
-  folders.check_tokenizer(tmp_path, 31)
-  with pytest.raises(ValueError, match="holds the id 30, the model's vocabulary ends at V=30"):
-    folders.check_tokenizer(tmp_path, 30)
-  path.write_text(json.dumps({"model": {"vocab": table}, "added_tokens": [{"id": 40}]}), "utf-8")
-  with pytest.raises(ValueError, match="holds the id 40"):
-    folders.check_tokenizer(tmp_path, 31)
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", '{"model": 3}', '{"model": {"vocab": {"a": "b"}}}'])
-def test_a_damaged_tokenizer_is_one_line(tmp_path, text):
-  (tmp_path / "tokenizer.json").write_text(text, "utf-8")
-  with pytest.raises(ValueError, match="tokenizer.json: (damaged|holds)"):
-    folders.check_tokenizer(tmp_path, 31)
 
 
 def test_json_files_are_refused_by_size_before_they_are_read(tmp_path, monkeypatch):

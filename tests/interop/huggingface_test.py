@@ -267,13 +267,14 @@ def test_token_ids_and_the_family_of_another_folder_are_carried_on(tmp_path):
   source = edited(
     GOLDEN / "granite_rope", tmp_path / "in", config=changed({"eos_token_id": [2, 5]})
   )
-  (source / "tokenizer.json").write_text("{}")
+  vocabulary = '{"model": {"vocab": {"a": 42}}}'
+  (source / "tokenizer.json").write_text(vocabulary)
   cfg, leaves = huggingface.open(source)
   assert huggingface.write(tmp_path / "alone", cfg, leaves) == "bamba"
   assert huggingface.write(tmp_path / "like", cfg, leaves, like=source) == "granitemoehybrid"
   plain = json.loads((tmp_path / "like" / "config.json").read_text())
   assert (plain["bos_token_id"], plain["eos_token_id"]) == (1, [2, 5])
-  assert (tmp_path / "like" / "tokenizer.json").read_text() == "{}"
+  assert (tmp_path / "like" / "tokenizer.json").read_text() == vocabulary
   outside = edited(source, tmp_path / "outside", config=changed({"eos_token_id": 43}))
   with pytest.raises(ValueError, match="eos_token_id=43 is outside V=43"):
     huggingface.write(tmp_path / "out", cfg, leaves, like=outside)
