@@ -58,8 +58,8 @@ def test_tokenizer_files_of_another_folder_are_carried_on(tmp_path, folder):
   assert (tmp_path / "n" / "tokenizer.json").read_text("utf-8") == vocabulary
   (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 31}}}', "utf-8")
   with pytest.raises(ValueError, match="holds the id 31, the model's vocabulary ends at V=31"):
-    native.write(tmp_path / "m", cfg, leaves, like=tmp_path)
-  assert not (tmp_path / "m").exists()
+    native.write(tmp_path / "x", cfg, leaves, like=tmp_path)
+  assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_can_be_replaced_by_what_is_read_from_it(folder):
