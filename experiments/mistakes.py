@@ -2,7 +2,8 @@
 
 import contextlib
 import dis
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 PACKAGES = ("hybridlm", "experiments", "configs")
 TYPES = (ValueError, FileNotFoundError)
@@ -19,9 +20,15 @@ def is_mistake(error: BaseException) -> bool:
   while trace.tb_next is not None:
     trace = trace.tb_next
   code = trace.tb_frame.f_code
-  package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+  package = _module(trace.tb_frame.f_globals).partition(".")[0]
   thrown = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
   return thrown and package in PACKAGES
+
+
+def _module(scope: Mapping[str, Any]) -> str:
+  """Returns the name of a module by its globals: its own where it runs as `python -m NAME`."""
+  spec = scope.get("__spec__")
+  return spec.name if spec is not None else scope.get("__name__", "")
 
 
 @contextlib.contextmanager
