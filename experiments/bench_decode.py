@@ -13,12 +13,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from absl import flags
 
 import hybridlm
 from experiments import artefacts, console, evaluation
+from hybridlm import api
 from hybridlm.decode import loop
 from hybridlm.nn import serve
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
 def ours(cfg, params):
   """Returns a function `(prompt_BL, steps) -> new tokens` of one of our models."""
-  weights = jax.jit(serve.fuse, static_argnames="cfg")(cfg, params)
+  weights = api.fuse(cfg, params)
   return lambda prompt_BL, steps: loop.generate(
     serve.prefill, serve.step, cfg, weights, prompt_BL, steps=steps
   )
@@ -112,7 +112,7 @@ def step_times(generates, prompt_BL, steps: int, turns: int) -> list[float]:
 
 def against_context(steps: int, turns: int) -> list[str]:
   """Returns a row a context: tokens a second of one row of a pure SSM behind such a prompt."""
-  weights = serve.fuse(SSM, hybridlm.init(SSM))
+  weights = api.fuse(SSM, hybridlm.init(SSM))
   streams, seconds = {}, {context: [] for context in CONTEXTS}
   for context in CONTEXTS:
     prompt_BL = np.random.default_rng(context).integers(0, SSM.V, (1, context)).astype(np.int32)

@@ -150,6 +150,7 @@ def forward(
   return apply(cfg, params, token_BL, segment_BL, kept)[0]
 
 
+# The weights as decoding reads them fastest (`nn.serve.fuse`), in buffers of their own.
 fuse = jax.jit(serve.fuse, static_argnums=0)
 
 

@@ -48,7 +48,6 @@ def generate(
 
   Arguments and errors are those of `stream`.
   """
-  options = {"every": min(steps, CALL)} | options
   parts = list(stream(prefill, step, cfg, params, prompt_BL, steps=steps, **options))
   rest = steps - sum(part.shape[1] for part in parts)
   return np.concatenate([*parts, np.repeat(parts[-1][:, -1:], rest, axis=1)], axis=1)
@@ -195,11 +194,11 @@ def _ends(token_B: Int[Array, "B"], stop) -> Array:
 
 def _prompt(cfg, prompt_BL, length_B):
   """Returns the checked prompts, padded to a bucket, and their lengths."""
-  prompt_BL = np.asarray(prompt_BL, np.int32)
+  prompt_BL = _whole("prompt_BL", prompt_BL)
   if prompt_BL.ndim != 2 or prompt_BL.size == 0:
     raise ValueError(f"generation: prompt_BL has shape {prompt_BL.shape}, it must hold a token")
   B, L = prompt_BL.shape
-  length_B = np.full(B, L, np.int32) if length_B is None else np.asarray(length_B, np.int32)
+  length_B = np.full(B, L) if length_B is None else _whole("length_B", length_B)
   if length_B.shape != (B,):
     raise ValueError(f"generation: length_B has shape {length_B.shape}, prompts ask for ({B},)")
   if length_B.min() < 1 or length_B.max() > L:
@@ -212,7 +211,16 @@ def _prompt(cfg, prompt_BL, length_B):
     raise ValueError(f"generation: token id {wrong} is outside 0..V-1={cfg.V - 1}")
   longest = int(length_B.max())
   room = ((0, 0), (0, bucket(longest) - longest))
-  return np.pad(np.where(real_BL, prompt_BL, 0)[:, :longest], room), length_B
+  real_BL = np.where(real_BL, prompt_BL, 0)[:, :longest]
+  return np.pad(real_BL, room).astype(np.int32), length_B.astype(np.int32)
+
+
+def _whole(name, array):
+  """Returns an array of whole numbers, before any of them is narrowed."""
+  array = np.asarray(array)
+  if array.size and not np.issubdtype(array.dtype, np.integer):
+    raise ValueError(f"generation: {name} has dtype {array.dtype}, it must hold whole numbers")
+  return array
 
 
 def _check_stop(cfg, stop):

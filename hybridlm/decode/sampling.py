@@ -6,15 +6,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+# Below it, logits divided by the temperature leave float32.
+SMALLEST = 1e-30
+
 
 def check(*, temperature: float, top_k: int | None, top_p: float | None) -> None:
   """Raises unless the numbers describe a way to draw tokens.
 
   Raises:
-    ValueError: a temperature below 0, a `top_k` below 1, or a `top_p` outside (0, 1].
+    ValueError: a temperature below 0 or next to it, a `top_k` below 1, or a `top_p` outside (0, 1].
   """
   if not 0 <= temperature < float("inf"):
     raise ValueError(f"sampling: temperature={temperature!r} must be a number of at least 0")
+  if 0 < temperature < SMALLEST:
+    raise ValueError(f"sampling: temperature={temperature!r} must be 0 or at least {SMALLEST}")
   if top_k is not None and top_k < 1:
     raise ValueError(f"sampling: top_k={top_k} must be at least 1")
   if top_p is not None and not 0 < top_p <= 1:

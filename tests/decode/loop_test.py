@@ -147,7 +147,8 @@ def test_calls_of_equal_buckets_compile_nothing_new():
   for length in (3, 14):
     prompt_BL = np.ones((2, length), np.int32)
     arguments = (counter_prefill, counter_step, COUNTER, {"scale": jnp.float32(1)}, prompt_BL)
-    loop.generate(*arguments, steps=9, temperature=0.7 + length, top_p=0.5, seed=length)
+    options = {"steps": 9 + length // 4, "temperature": 0.7 + length, "seed": length}
+    loop.generate(*arguments, top_p=0.5, **options)
     before = before if length > 3 else (loop._begin._cache_size(), compiled())
   assert before == (loop._begin._cache_size(), compiled())
 
@@ -191,6 +192,16 @@ def test_ids_outside_the_vocabulary_and_empty_prompts_are_refused():
     list(count([50]))
   with pytest.raises(ValueError, match=r"shape \(0, 1\)"):
     list(count([]))
+
+
+@pytest.mark.parametrize("prompt, length, message", [
+  ([[2**32 + 5]], None, "token id 4294967301 is outside"),
+  ([[1.7]], None, "prompt_BL has dtype float64, it must hold whole numbers"),
+  ([[1, 2]], [1.9], "length_B has dtype float64"),
+])
+def test_numbers_are_looked_at_before_they_are_narrowed(prompt, length, message):
+  with pytest.raises(ValueError, match=message):
+    loop._prompt(COUNTER, prompt, length)
 
 
 def test_logits_that_are_not_numbers_are_an_error():

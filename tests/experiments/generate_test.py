@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tokenizers as library
 
 import hybridlm
 from cases import models
@@ -59,12 +60,28 @@ def test_several_prompts_are_each_as_alone(model, capsys):
   assert capsys.readouterr().out == "".join(want)
 
 
+def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_not_lost(model, capsys):
+  cfg, params, folder = model
+  marked = {f"\u2581w{i}": i for i in range(V)}  # a word with the space before it
+  inner = library.Tokenizer(library.models.WordLevel(marked, unk_token="\u2581w0"))
+  inner.pre_tokenizer = library.pre_tokenizers.Metaspace()
+  inner.decoder = library.decoders.Metaspace()
+  place = folder.with_name("words")
+  hybridlm.save(place, cfg, params)
+  inner.save(str(place / "tokenizer.json"))
+  argv = [f"--model={place}", "--prompt=w5 w7", "--steps=3"]
+  assert console.call(generate.main, ["generate", *argv]) == 0
+  new = hybridlm.generate(cfg, params, np.array([[5, 7]]), steps=3)[0]
+  assert capsys.readouterr().out == " ".join(["w5 w7", *(f"w{i}" for i in new)]) + "\n"
+
+
 @pytest.mark.parametrize("argv, message", [
   ((), "give --model=PATH and at least one --prompt=TEXT"),
   (("--prompt=a", "--steps=64"), "do not fit the context of 64"),
   (("--prompt=a", "--top_p=2"), "top_p=2.0 must lie in (0, 1]"),
   (("--prompt=a", "--tokenizer=nothing"), "tokenizer 'nothing'"),
   (("--prompt=a", "--model=nowhere"), "nowhere"),
+  (("--prompt=a", "--seed=99999999999999999999"), "seed"),
 ])
 def test_a_mistake_is_one_line(model, capsys, argv, message):
   assert run(model, *argv) == 2
