@@ -83,7 +83,9 @@ def of_files(files: Mapping[str, str], name: str) -> Prompts:
 
   Read are tokenizer.json, special tokens from tokenizer_config.json, or else end and start of text
   by id from generation_config.json or config.json, and chat templates from chat_template.jinja or
-  tokenizer_config.json. Where nothing names an end of text, it is the id after the largest.
+  tokenizer_config.json. Where nothing names an end of text, it is the id after the largest. What
+  frames a text is up to tokenizer.json alone, as in transformers 5: `add_bos_token` and
+  `add_eos_token` of tokenizer_config.json count for tokenizers without such a file.
 
   Args:
     files: text by file name; all but tokenizer.json may be missing.
@@ -105,7 +107,6 @@ def of_files(files: Mapping[str, str], name: str) -> Prompts:
       found.extend(i for i in (value if isinstance(value, list) else [value]) if i is not None)
   if "bos_token" not in words and settings:
     starts = []  # the tokenizer has none, whatever the model's config repeats
-  _frame(inner, settings, words, name)
   largest = max(inner.get_vocab(with_added_tokens=True).values())
   return Prompts(
     name=name,
@@ -152,19 +153,6 @@ def _id(inner: tokenizers.Tokenizer, word: str, place: str) -> int:
   if found is None:
     raise ValueError(f"{place}: token {word!r} of {CONFIGS[0]} is not in tokenizer.json")
   return found
-
-
-def _frame(inner: tokenizers.Tokenizer, settings, words, place: str) -> None:
-  """Sets the special tokens around a text, where the settings say so; else tokenizer.json does."""
-  flags = ("add_bos_token", "add_eos_token")
-  if not any(flag in settings for flag in flags):
-    return
-  named = [words.get(flag.removeprefix("add_")) if settings.get(flag) else None for flag in flags]
-  single = " ".join(part for part in (named[0], "$A", named[1]) if part)
-  used = [(word, _id(inner, word, place)) for word in named if word]
-  inner.post_processor = tokenizers.processors.TemplateProcessing(
-    single=single, pair=f"{single} $B:1", special_tokens=used
-  )
 
 
 def _templates(own: str | None, value: Any) -> dict[str, str]:

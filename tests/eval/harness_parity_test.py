@@ -115,6 +115,28 @@ def test_each_request_gets_the_same_answer(model, theirs):
                              theirs.loglikelihood_rolling(rolling), rtol=1e-4)
 
 
+@pytest.mark.parametrize("flags", [
+  {"add_bos_token": False}, {"add_eos_token": False}, {"add_bos_token": True}, {},
+])
+@pytest.mark.parametrize("framed", [True, False])
+def test_a_text_is_framed_as_transformers_frames_it(tmp_path, flags, framed):
+  import transformers
+
+  inner = published.tokenizer(["one two three four"])
+  if not framed:
+    inner.post_processor = None
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>").save_pretrained(tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | flags))
+  theirs, own = transformers.AutoTokenizer.from_pretrained(tmp_path), texts.of_folder(tmp_path)
+  for text in ("one two", ""):
+    for special in (True, False):
+      wanted = theirs.encode(text, add_special_tokens=special)
+      assert list(own.encode(text, special)) == wanted
+  assert own.encode("one", True)[0] == 0 or not framed
+
+
 def test_a_greedy_continuation_is_told_from_another(model, theirs):
   cfg, params, prompts = model
   ids = list(prompts.encode("The sun is"))

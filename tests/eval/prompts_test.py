@@ -46,13 +46,15 @@ def test_a_text_starts_with_the_start_token_once(tmp_path):
   assert own.decode(with_start, True) == "<bos>a b" and own.decode(with_start, False) == "a b"
 
 
-def test_settings_decide_about_the_frame_before_the_tokenizer_does(tmp_path):
-  settings = {**SETTINGS, "add_bos_token": False, "add_eos_token": True}
-  ids = prompts.of_folder(write(tmp_path, tokenizer_config=settings)).encode("a", True)
-  assert ids[0] != BOS and ids[-1] == EOS
-  settings = {**SETTINGS, "add_bos_token": True}
-  ids = prompts.of_folder(write(tmp_path, tokenizer_config=settings, frame=False)).encode("a")
-  assert ids[0] == BOS and len(ids) == 2
+@pytest.mark.parametrize("flags", [
+  {}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True},
+  {"add_eos_token": False},
+])
+@pytest.mark.parametrize("frame", [True, False])
+def test_tokenizer_json_alone_decides_about_the_frame(tmp_path, flags, frame):
+  own = prompts.of_folder(write(tmp_path, frame=frame, tokenizer_config=SETTINGS | flags))
+  assert list(own.encode("a")) == [BOS] * frame + list(own.encode("a", False))
+  assert len(own.encode("a", False)) == 1
 
 
 def test_without_a_start_token_the_end_of_a_text_is_the_prefix(tmp_path):
