@@ -8,8 +8,8 @@ Cost: 8 minutes and 7 GB on two CPU cores with the 60 steps below (30,720 tokens
 raise distil.steps and distil.batch to see how much comes back.
 Expect: 22 of 30 layers and 540 of 576 channels stay, 99.6M parameters. In domain the teacher has
 0.976 bits a byte, the cut model 1.359 and the distilled one 1.126 (61 % of the loss gap); the
-exported folder gives the same logits when it is read back. The teacher's weights lie on a 4-bit grid (Q4_1), and it is
-the instruct model: compare with it, and not with published figures of SmolLM2.
+exported folder gives the same logits when it is read back. The teacher's weights lie on a 4-bit
+grid (Q4_1), and it is the instruct model: compare with it, not with published figures of SmolLM2.
 Why this shape: docs/results/smollm2/shapes.md.
 """
 

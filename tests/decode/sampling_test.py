@@ -93,8 +93,8 @@ def test_logits_that_are_not_numbers_give_no_token(options):
 
 
 @pytest.mark.parametrize(
-  "wrong", [{"temperature": -0.5}, {"temperature": 1e-46}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0},
-            {"top_p": 1.1}],
+  "wrong", [{"temperature": -0.5}, {"temperature": 1e-46}, {"temperature": float("nan")},
+            {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}],
 )
 def test_numbers_that_describe_no_draw_are_refused(wrong):
   (name, value), = wrong.items()
