@@ -54,18 +54,26 @@ class Scale(NamedTuple):
 def reader(path: str, name: str | None, cfg: ModelConfig) -> prompts.Prompts:
   """Returns how a model on disk reads text: by its own files, or by a tokenizer's name.
 
+  A name that is a published folder or a GGUF file gives what its files say: special tokens, chat
+  templates. The other names of `tokenizers.load` give an end of text and no more.
+
   Raises:
-    FileNotFoundError: the model has no tokenizer of its own and no name is given.
-    ValueError: a file is damaged.
+    FileNotFoundError: the model has no tokenizer of its own and no name is given; or it is no name.
+    ValueError: a file is damaged, or the tokenizer has ids that the model does not know.
   """
-  place = pathlib.Path(path)
-  if name is not None:
-    return prompts.of_tokenizer(tokenizers.load(name, V=cfg.V), name)
-  if place.suffix == ".gguf":
-    return prompts.of_files(gguf.files(path), place.stem)
-  if not (place / prompts.TOKENIZER).is_file():
+  place = pathlib.Path(path if name is None else name)
+  if place.is_file() and place.suffix == ".gguf":
+    own = prompts.of_files(gguf.files(place), place.stem)
+  elif (place / prompts.TOKENIZER).is_file():
+    own = prompts.of_folder(place)
+  elif name is None:
     raise FileNotFoundError(f"{path}: there is no {prompts.TOKENIZER}; name one by --tokenizer=")
-  return prompts.of_folder(place)
+  else:
+    return prompts.of_tokenizer(tokenizers.load(name, V=cfg.real_vocabulary), name)
+  if own.largest >= cfg.real_vocabulary:
+    raise ValueError(f"tokenizer {str(place)!r} has ids up to {own.largest}, the model {path} "
+                     f"knows 0..{cfg.real_vocabulary - 1}: they do not belong together")
+  return own
 
 
 def tokenizer(
@@ -76,7 +84,7 @@ def tokenizer(
   Raises:
     ValueError: it has more ids than the model, or does not keep every byte of a text.
   """
-  end = None if name else own.decode(own.ends[:1], True) or None
+  end = own.decode(own.ends[:1], True) or None
   return tokenizers.load(name or path, V=cfg.V, end=end)
 
 
@@ -152,8 +160,9 @@ def sentences(
     options = sum(len(item.options) for item in asked)
     with tqdm.tqdm(total=options, desc=f"next sentences, {name}", disable=None) as bar:
       found[name] = choice.measure(
-        score, subject.params, asked, own.encode, prefix=own.prefix, batch=scale.batch,
-        length=scale.length, done=bar.update,
+        score, subject.params, asked, own.encode, prefix=own.prefix,
+        vocabulary=subject.cfg.real_vocabulary, batch=scale.batch, length=scale.length,
+        done=bar.update,
       )
   return found
 

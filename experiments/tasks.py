@@ -106,7 +106,8 @@ def run(
 
   score = targets.make(functools.partial(api.apply_hidden, cfg), vocabulary=cfg.real_vocabulary)
   adapter = harness.Adapter(
-    score, params, prompts, generate=generator(cfg, params), batch=batch, length=length
+    score, params, prompts, vocabulary=cfg.real_vocabulary, generate=generator(cfg, params),
+    batch=batch, length=length,
   )
   return harness.evaluate(adapter, names, include_path=include_path, limit=limit, chat=chat)
 

@@ -95,6 +95,7 @@ def measure(
   encode: Callable[[str, bool | None], Sequence[int]],
   *,
   prefix: int,
+  vocabulary: int,
   batch: int,
   length: int,
   done: Callable[[int], object] = lambda count: None,
@@ -105,7 +106,8 @@ def measure(
   are those of `requests.run` and `requests.pair`.
   """
   scored = pairs(asked, encode, prefix=prefix)
-  results = requests.run(score, params, scored, batch=batch, length=length, done=done)
+  results = requests.run(score, params, scored, vocabulary=vocabulary, batch=batch, length=length,
+                         done=done)
   means = [found.logprob / len(one.target) for found, one in zip(results, scored, strict=True)]
   hits, first = 0, 0
   for item in asked:

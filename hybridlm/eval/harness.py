@@ -31,6 +31,7 @@ class Adapter(LM):
   """A language model as the harness calls it.
 
   score: as `eval.targets.make` returns it.  params: of the model.  prompts: its texts and ids.
+  vocabulary: ids the model knows.
   generate: continues prompts; None: tasks that generate are refused.  batch: rows a batch.
   length: positions the model reads at once.  steps: new tokens where a task does not say.
   """
@@ -41,6 +42,7 @@ class Adapter(LM):
     params: Any,
     prompts: Prompts,
     *,
+    vocabulary: int,
     generate: Generate | None = None,
     batch: int = 8,
     length: int = 2048,
@@ -48,6 +50,7 @@ class Adapter(LM):
   ):
     super().__init__()
     self._score, self._params, self._prompts = score, params, prompts
+    self._vocabulary = vocabulary
     self._generate, self._batch, self._length, self._steps = generate, batch, length, steps
 
   def loglikelihood(self, instances: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -78,8 +81,8 @@ class Adapter(LM):
         long, len(asked), self._length,
       )
     with tqdm.tqdm(total=len(asked), desc=name, disable=None) as bar:
-      return requests.run(self._score, self._params, asked, batch=self._batch,
-                          length=self._length, done=bar.update)
+      return requests.run(self._score, self._params, asked, vocabulary=self._vocabulary,
+                          batch=self._batch, length=self._length, done=bar.update)
 
   def generate_until(self, instances: Sequence[Any]) -> list[str]:
     """Returns what the model writes after each `(context, settings)`, up to a stop string.

@@ -20,6 +20,7 @@ class Prompts:
   plain: `plain(text, special) -> ids`, with the special tokens that frame a text, or without.
   decode: `decode(ids, special) -> text`, with the special tokens among the ids, or without.
   ends: ids after which a text is over; the first also stands for an end of text in a prompt.
+  largest: the largest id a text may hold, those of added tokens included.
   bos: the id that starts a text, if the model has one.
   templates: chat templates (Jinja) by name; the usual one is "default".
   words: special tokens by the names chat templates use, such as "bos_token".
@@ -29,6 +30,7 @@ class Prompts:
   plain: Callable[[str, bool], Sequence[int]]
   decode: Callable[[Sequence[int], bool], str]
   ends: tuple[int, ...]
+  largest: int
   bos: int | None = None
   templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
   words: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -49,10 +51,11 @@ class Prompts:
 def of_tokenizer(tokenizer: Any, name: str) -> Prompts:
   """Returns the prompts of a tokenizer that knows no special token but the end of a text.
 
-  `tokenizer` has `encode(text)`, `decode(ids)` and the id `eot`, as those of `hybridlm.data` do.
+  `tokenizer` has `encode(text)`, `decode(ids)`, the id `eot`, and V that all ids are below, as
+  those of `hybridlm.data` do.
   """
   return Prompts(
-    name=name, ends=(int(tokenizer.eot),),
+    name=name, ends=(int(tokenizer.eot),), largest=int(tokenizer.V) - 1,
     plain=lambda text, special: [int(i) for i in tokenizer.encode(text)],
     decode=lambda ids, special: tokenizer.decode(ids),
   )
@@ -113,6 +116,7 @@ def of_files(files: Mapping[str, str], name: str) -> Prompts:
     plain=lambda text, special: inner.encode(text, add_special_tokens=special).ids,
     decode=lambda ids, special: inner.decode(list(ids), skip_special_tokens=not special),
     ends=tuple(dict.fromkeys(ends)) or (largest + 1,),
+    largest=largest,
     bos=starts[0] if starts else None,
     templates=_templates(files.get(TEMPLATE), settings.get("chat_template")),
     words=words,

@@ -122,6 +122,7 @@ def run(
   params: Any,
   pairs: Iterable[Pair],
   *,
+  vocabulary: int,
   batch: int,
   length: int,
   done: Callable[[int], object] = lambda count: None,
@@ -132,14 +133,22 @@ def run(
     score: as `eval.targets.make` returns it.
     params: of the model.
     pairs: what to score; contexts that do not fit lose their left end.
+    vocabulary: ids the model knows; each id of a pair is below.
     batch: rows a batch.
     length: positions the model reads at once.
     done: told how many more pairs are scored.
 
   Raises:
-    ValueError: a pair that `fitted` refuses, or a log-probability that is not a number.
+    ValueError: a pair that `fitted` refuses or that holds an id outside the vocabulary, before any
+      is scored; or a log-probability that is not a number.
   """
   pairs = [fitted(one, length) for one in pairs]
+  for index, one in enumerate(pairs):
+    for side, ids in one._asdict().items():
+      if min(ids) < 0 or max(ids) >= vocabulary:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"request {index}: id {wrong} of its {side} is outside the model's "
+                         f"vocabulary, 0..{vocabulary - 1}")
   results: dict[int, Result] = {}
   for chosen, one in batches(pairs, batch=batch, length=length):
     logprob_BL, greedy_BL = jax.device_get(score(params, one))
@@ -148,7 +157,7 @@ def run(
       total = float(logprob_BL[row].astype(np.float64).sum())
       if not math.isfinite(total):
         raise ValueError(f"request {index} has log-probability {total}: the model's logits are not "
-                         "finite, or a token is outside its vocabulary")
+                         "finite")
       results[index] = Result(total, bool(right_BL[row].all()))
     done(len(chosen))
   return [results[index] for index in range(len(pairs))]

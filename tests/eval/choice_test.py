@@ -75,7 +75,7 @@ def test_the_option_of_largest_mean_log_probability_a_token_is_chosen():
   item = choice.Item("Context.", ("zz", "!" * 60, "yyy"), 1)
   short = item._replace(answer=0)
   found = choice.measure(targets.make(fixed), jnp.float32(9), [item, short, item], encode,
-                         prefix=0, batch=2, length=99)
+                         prefix=0, vocabulary=256, batch=2, length=99)
   assert found["accuracy"] == 2 / 3 and found["chance"] == pytest.approx(1 / 3)
   assert found["count"] == 3 and found["low"] < 2 / 3 < found["high"]
 
@@ -88,7 +88,8 @@ def test_a_model_that_knows_the_document_chooses_right_and_one_that_knows_nothin
   ]
   params = table([f"Then {a} {a}-{a}{a}" for a in "pqrs"])
   score = targets.make(next_byte)
-  known = choice.measure(score, params, items, encode, prefix=0, batch=3, length=32)
+  sizes = {"prefix": 0, "vocabulary": 256, "batch": 3, "length": 32}
+  known = choice.measure(score, params, items, encode, **sizes)
   assert known["accuracy"] == 1.0 and known["chance"] == 0.25
-  flat = choice.measure(score, jnp.zeros_like(params), items, encode, prefix=0, batch=3, length=32)
+  flat = choice.measure(score, jnp.zeros_like(params), items, encode, **sizes)
   assert flat["accuracy"] == 1 / 6  # the first of equals: right where the answer is "p"

@@ -73,7 +73,8 @@ def ours(model, **extra):
   def hidden(params, batch):
     return hybridlm.api.apply_hidden(cfg, params, batch)
 
-  return harness.Adapter(targets.make(hidden), params, prompts, batch=4, length=CONTEXT, **extra)
+  extra = {"vocabulary": cfg.V, "batch": 4, "length": CONTEXT} | extra
+  return harness.Adapter(targets.make(hidden), params, prompts, **extra)
 
 
 def asked(method, *arguments):
@@ -210,7 +211,7 @@ def test_an_unknown_task_is_named_with_its_neighbours(local):
 
   from hybridlm.eval import harness
 
-  bare = texts.of_tokenizer(types.SimpleNamespace(eot=0), "none")
-  adapter = harness.Adapter(lambda params, batch: None, None, bare)
+  bare = texts.of_tokenizer(types.SimpleNamespace(eot=0, V=1), "none")
+  adapter = harness.Adapter(lambda params, batch: None, None, bare, vocabulary=1)
   with pytest.raises(ValueError, match="task 'local_pika' is unknown; nearest: local_piqa"):
     harness.evaluate(adapter, ["local_pika"], include_path=str(local))

@@ -75,7 +75,8 @@ def test_every_end_that_a_file_names_ends_a_text(tmp_path):
   bare.mkdir()
   assert prompts.of_folder(write(bare, config={"eos_token_id": PAD})).ends == (PAD,)
   (bare / "config.json").unlink()
-  assert prompts.of_folder(bare).ends == (259,)  # the id after the largest
+  own = prompts.of_folder(bare)
+  assert (own.largest, own.ends) == (258, (259,))  # the id after the largest
 
 
 def test_a_template_of_its_own_file_comes_before_the_settings(tmp_path):
@@ -92,7 +93,7 @@ def test_a_template_of_its_own_file_comes_before_the_settings(tmp_path):
 
 def test_a_tokenizer_of_ours_has_no_special_tokens_but_its_end():
   class Letters:
-    eot = 26
+    eot, V = 26, 27
 
     def encode(self, text):
       return [ord(letter) - 97 for letter in text]
@@ -102,6 +103,7 @@ def test_a_tokenizer_of_ours_has_no_special_tokens_but_its_end():
 
   own = prompts.of_tokenizer(Letters(), "letters")
   assert (own.prefix, own.ends, own.encode("abc")) == (26, (26,), [0, 1, 2])
+  assert own.largest == 26
   assert own.decode((1, 26), True) == "b" and own.templates == {}
 
 

@@ -120,13 +120,14 @@ def test_results_come_in_the_order_asked_and_do_not_depend_on_batches():
   asked = [*random_pairs(), best, wrong]
   score = targets.make(tiny.hidden)
   counted = []
-  found = requests.run(score, params, asked, batch=4, length=60, done=counted.append)
+  sizes = {"vocabulary": tiny.V, "length": 60}
+  found = requests.run(score, params, asked, batch=4, **sizes, done=counted.append)
   for one, pair in zip(found, asked, strict=True):
     logprob, greedy = by_hand(params, pair)
     assert (one.logprob, one.greedy) == (pytest.approx(logprob, abs=1e-4), greedy)
   assert (found[-2].greedy, found[-1].greedy) == (True, False)
   assert sum(counted) == len(asked)
-  alone = requests.run(score, params, asked, batch=1, length=60)
+  alone = requests.run(score, params, asked, batch=1, **sizes)
   assert [one.greedy for one in alone] == [one.greedy for one in found]
   np.testing.assert_allclose(*([o.logprob for o in each] for each in (alone, found)), atol=1e-4)
 
@@ -147,7 +148,21 @@ def test_batches_are_padded_to_few_shapes_and_never_score_padding():
 def test_a_result_that_is_not_a_number_is_an_error():
   params = jax.tree.map(lambda leaf: leaf * np.nan, tiny.init())
   with pytest.raises(ValueError, match="request 0 has log-probability nan"):
-    requests.run(targets.make(tiny.hidden), params, [Pair((1,), (2,))], batch=2, length=8)
+    requests.run(targets.make(tiny.hidden), params, [Pair((1,), (2,))], vocabulary=tiny.V, batch=2,
+                 length=8)
+
+
+@pytest.mark.parametrize("pair,words", [
+  (Pair((1, tiny.V), (2,)), f"id {tiny.V} of its context"), (Pair((1,), (-1, 2)), "id -1 of its"),
+  (Pair((-2, 1), (2,)), "id -2 of its context"), (Pair((1,), (tiny.V,)), "its target is outside"),
+])
+def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_scored(pair, words):
+  def never(params, batch):
+    raise AssertionError
+
+  asked = [Pair((0,), (tiny.V - 1,)), pair]
+  with pytest.raises(ValueError, match=f"request 1: .*{words}"):
+    requests.run(never, None, asked, vocabulary=tiny.V, batch=1, length=8)
 
 
 def test_text_ends_before_the_first_stop_string_in_it():

@@ -8,6 +8,8 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 import hybridlm
 from cases import models
@@ -132,6 +134,57 @@ def test_a_model_without_a_tokenizer_asks_for_one(place, monkeypatch, capsys):
   monkeypatch.chdir(place)
   assert evaluate.start(["evaluate", "--model=model"]) == 2
   assert "no tokenizer.json; name one by --tokenizer=" in capsys.readouterr().err
+
+
+def letters(count):
+  """A byte-level tokenizer of 256 bytes and special tokens up to so many ids, as JSON."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  inner = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+  inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = decoders.ByteLevel()
+  inner.add_special_tokens(["<end>", *(f"<{i}>" for i in range(count - 257))])
+  return inner.to_str()
+
+
+def save_tokenizer(folder, count):
+  """Writes a published tokenizer's folder of so many ids."""
+  folder.mkdir(exist_ok=True)
+  (folder / "tokenizer.json").write_text(letters(count))
+  settings = {"eos_token": "<end>", "chat_template": "{{ messages[0]['content'] }}"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+  return folder
+
+
+@pytest.mark.parametrize("argv", [("--measures=choice",), ("--tasks=some",)])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_tokenizer_of_more_ids_than_the_model_is_one_line(
+  place, monkeypatch, capsys, tmp_path, argv, named
+):
+  # No harness is needed to see it.
+  monkeypatch.setattr(tasks, "require", lambda: None)
+  large, model = save_tokenizer(tmp_path / "large", 258), tmp_path / "model"
+  cfg, params = hybridlm.load(place / "model")
+  native.write(model, cfg, lazy.of(params))
+  if not named:
+    save_tokenizer(model, 258)
+  extra = (f"--tokenizer={large}",) if named else ()
+  monkeypatch.chdir(place)
+  code = evaluate.start(["evaluate", f"--model={model}", "--texts=texts", *extra, *argv])
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert code == 2 and f"has ids up to 257, the model {model} knows 0..256" in lines[-1]
+
+
+def test_a_tokenizer_of_a_folder_keeps_its_special_tokens_and_templates(place, tmp_path):
+  cfg = hybridlm.load(place / "model")[0]
+  folder = save_tokenizer(tmp_path / "fits", 257)
+  own = measures.reader(str(place / "model"), str(folder), cfg)
+  assert (own.ends, own.largest, set(own.templates)) == ((256,), 256, {"default"})
+  assert own.words == {"eos_token": "<end>"}
+  counted = measures.tokenizer(str(place / "model"), str(folder), cfg, own)
+  assert counted.eot == 256 and counted.byte_lengths_V[256] == 0
+  bare = measures.reader(str(place / "model"), str(folder / "tokenizer.json"),
+                         cfg.replace(vocabulary=258))
+  assert (bare.ends, bare.templates) == ((257,), {})
 
 
 def test_tasks_without_the_harness_say_what_to_install(place, monkeypatch, capsys):
