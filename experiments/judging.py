@@ -102,6 +102,7 @@ def run(asked: Job, *, say: Callable[[str], object]) -> dict[str, Any]:
     results["tasks"] = tasks.run(
       cfg, params, own, asked.tasks, include_path=asked.include_path, limit=asked.limit,
       batch=asked.scale.batch, length=length, chat=asked.chat,
+      seed=asked.scale.seed,
     )
     say(f"{measures.tables({'tasks': results['tasks']})}\n")
   if asked.measures:

@@ -81,6 +81,7 @@ def run(
   batch: int,
   length: int,
   chat: bool = False,
+  seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
   """Returns the harness's results by task: each metric and its standard error.
 
@@ -94,6 +95,7 @@ def run(
     batch: rows a batch.
     length: positions read at once.
     chat: whether prompts are put into the model's chat template.
+    seed: of texts that a task samples.
 
   Raises:
     FileNotFoundError: there is no such folder of tasks.
@@ -107,7 +109,7 @@ def run(
   score = targets.make(functools.partial(api.apply_hidden, cfg), vocabulary=cfg.real_vocabulary)
   adapter = harness.Adapter(
     score, params, prompts, vocabulary=cfg.real_vocabulary, generate=generator(cfg, params),
-    batch=batch, length=length,
+    batch=batch, length=length, seed=seed,
   )
   return harness.evaluate(adapter, names, include_path=include_path, limit=limit, chat=chat)
 

@@ -21,9 +21,12 @@ from lm_eval.tasks import TaskManager
 from hybridlm.eval import chat, requests, targets
 from hybridlm.eval.prompts import Prompts
 
-# `generate(token_BL, *, length_B, steps, temperature, top_k, top_p, stop)` yields new ids, some
-# columns [B, _] at a time, until all rows met an id of `stop`; prompts lie on the left of rows.
+# `generate(token_BL, *, length_B, steps, temperature, top_k, top_p, seed, row_B, stop)` yields new
+# ids, some columns [B, _] at a time, until all rows met an id of `stop`; prompts lie on the left of
+# rows. What a row draws follows from `seed` and its number in `row_B`.
 Generate = Callable[..., Iterator[Any]]
+# Settings that change no text, by the value they may have; None: any.
+_HARMLESS = {"use_cache": None, "num_return_sequences": 1, "num_beams": 1}
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
@@ -34,6 +37,7 @@ class Adapter(LM):
   vocabulary: ids the model knows.
   generate: continues prompts; None: tasks that generate are refused.  batch: rows a batch.
   length: positions the model reads at once.  steps: new tokens where a task does not say.
+  seed: of sampled texts; what a request draws follows from it and the request's place in the list.
   """
 
   def __init__(
@@ -47,10 +51,11 @@ class Adapter(LM):
     batch: int = 8,
     length: int = 2048,
     steps: int = 256,
+    seed: int = 0,
   ):
     super().__init__()
     self._score, self._params, self._prompts = score, params, prompts
-    self._vocabulary = vocabulary
+    self._vocabulary, self._seed = vocabulary, seed
     self._generate, self._batch, self._length, self._steps = generate, batch, length, steps
 
   def loglikelihood(self, instances: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -108,24 +113,27 @@ class Adapter(LM):
         for first in range(0, len(order), self._batch):
           chosen = order[first : first + self._batch]
           written = self._continue([ids[i] or [self._prompts.prefix] for i in chosen],
-                                   **settings)
+                                   numbers=chosen, **settings)
           texts |= zip(chosen, written, strict=True)
           bar.update(len(chosen))
     return [texts[number] for number in range(len(instances))]
 
   def _continue(
-    self, prompts: list[list[int]], *, steps: int, stops: list[str], **sampling
+    self, prompts: list[list[int]], *, numbers: list[int], steps: int, stops: list[str],
+    **sampling,
   ) -> list[str]:
-    """Returns the texts a batch of prompts goes on with."""
-    rows = prompts + [[self._prompts.prefix]] * (self._batch - len(prompts))
+    """Returns the texts a batch of prompts goes on with; `numbers` are those of the requests."""
+    spare = self._batch - len(prompts)
+    rows, row_B = prompts + prompts[:1] * spare, np.array(numbers + numbers[:1] * spare)
     length_B = np.array([len(row) for row in rows], np.int32)
-    token_BL = np.full((len(rows), length_B.max()), self._prompts.prefix, np.int32)
+    token_BL = np.zeros((len(rows), length_B.max()), np.int32)
     for token_L, row in zip(token_BL, rows, strict=True):
       token_L[: len(row)] = row
     ends, decode = self._prompts.ends, self._prompts.decode
     new: list[list[int]] = [[] for _ in prompts]
     live = set(range(len(prompts)))
-    parts = self._generate(token_BL, length_B=length_B, steps=steps, stop=ends, **sampling)
+    parts = self._generate(token_BL, length_B=length_B, steps=steps, stop=ends, seed=self._seed,
+                           row_B=row_B, **sampling)
     for token_B in itertools.chain.from_iterable(np.asarray(part).T for part in parts):
       for row in tuple(live):
         new[row].append(int(token_B[row]))
@@ -220,15 +228,17 @@ def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
 def _settings(given: dict[str, Any], steps: int) -> dict[str, Any]:
   """Returns a task's generation settings as `generate` takes them, and its stop strings."""
   values = dict(normalize_gen_kwargs(given, steps))
-  unknown = sorted(set(values) - set(_KNOWN))
-  if unknown:
-    raise ValueError(f"generation setting {unknown[0]!r} is unknown; known: {', '.join(_KNOWN)}")
-  sampled = values["do_sample"]
+  for key, value in sorted(values.items()):
+    if key not in (*_KNOWN, *_HARMLESS):
+      raise ValueError(f"generation setting {key!r} is unknown; known: {', '.join(_KNOWN)}")
+    if _HARMLESS.get(key) is not None and value != _HARMLESS[key]:
+      raise ValueError(f"generation setting {key}={value!r} must be {_HARMLESS[key]}")
+  sampled, kept = values["do_sample"], values.get("top_k")
   return {
     "steps": values["max_gen_toks"],
     "stops": [stop for stop in values["until"] if stop],
     "temperature": float(values.get("temperature", 0.0)) if sampled else 0.0,
-    "top_k": values.get("top_k") if sampled else None,
+    "top_k": kept if sampled and kept is not None and kept > 0 else None,
     "top_p": values.get("top_p") if sampled else None,
   }
 

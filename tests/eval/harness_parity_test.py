@@ -165,6 +165,27 @@ def test_generated_text_ends_where_the_harness_own_ends(model, theirs):
   assert any(wanted)
 
 
+def test_what_a_request_samples_depends_on_its_number_and_the_seed_alone(model):
+  settings = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0, "top_k": 0}
+  asks = asked("generate_until", *([("The sun is", settings)] * 3), ("A", settings),
+               ("one two three", settings))
+  write = tasks.generator(*model[:2])
+  found = {batch: ours(model, generate=write, batch=batch).generate_until(asks)
+           for batch in (1, 2, 4)}
+  assert found[1] == found[2] == found[4]
+  assert len(set(found[1][:3])) == 3 and all(found[1])
+  other = ours(model, generate=write, seed=1).generate_until(asks)
+  assert all(one != two for one, two in zip(found[1], other, strict=True))
+
+
+def test_settings_that_change_no_text_are_taken(model):
+  write = ours(model, generate=tasks.generator(*model[:2])).generate_until
+  plain = {"until": [], "max_gen_toks": 5, "do_sample": False}
+  more = {"use_cache": True, "num_return_sequences": 1, "num_beams": 1, "top_k": -1}
+  assert write(asked("generate_until", ("a b", plain | more))) == write(
+    asked("generate_until", ("a b", plain)))
+
+
 def test_a_chat_becomes_the_prompt_that_transformers_makes(model, theirs):
   chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi  "}]
   adapter, name = ours(model), model[2].name
@@ -195,7 +216,9 @@ def test_a_template_that_refuses_system_messages_goes_without_them(model):
 
 
 @pytest.mark.parametrize("settings,words", [
-  ({"num_beams": 4}, "generation setting 'num_beams' is unknown"),
+  ({"num_beams": 4}, "generation setting num_beams=4 must be 1"),
+  ({"num_return_sequences": 2}, "generation setting num_return_sequences=2 must be 1"),
+  ({"penalty_alpha": 0.5}, "generation setting 'penalty_alpha' is unknown"),
   ({"max_gen_toks": CONTEXT}, f"{CONTEXT} new tokens leave no room for a prompt in"),
 ])
 def test_generation_that_cannot_be_done_is_refused(model, settings, words):
