@@ -22,7 +22,7 @@ from hybridlm.prune import depth as depths
 from hybridlm.prune import scores as scoring
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
-from hybridlm.prune.trees import shared_buffers
+from hybridlm.prune.trees import check_finite, shared_buffers
 
 # Largest difference of masked and cut logits that `cut` accepts, as a share of the largest logit.
 TOLERANCE = 1e-4
@@ -80,13 +80,16 @@ def load(
 
   Raises:
     FileNotFoundError: nothing is there.
-    ValueError: it is no model, of an architecture that is not known, or damaged.
+    ValueError: it is no model, of an unknown architecture, damaged, or its weights not finite.
 
   >>> cfg, params = hybridlm.load(folder)
   """
+  if dtype not in (None, *config.DTYPES):
+    raise ValueError(f"load: dtype {dtype!r} is not one of {', '.join(config.DTYPES)}")
   cfg, leaves = dispatch.open(path)
-  params = {name: jnp.asarray(leaf.read(), dtype) for name, leaf in leaves.items()}
-  return cfg, lazy.tree(params)
+  params = lazy.tree({name: jnp.asarray(leaf.read(), dtype) for name, leaf in leaves.items()})
+  check_finite(params, f"load {os.fspath(path)}")
+  return cfg, params
 
 
 def save(
@@ -110,12 +113,12 @@ def save(
     like: a model on disk whose tokenizer files and token ids are carried on.
 
   Raises:
-    ValueError: parameters of another model, or a model that no published class can say; every
-      reason is listed.
+    ValueError: parameters of another model or not finite; a model that no class can say, and why.
 
   >>> hybridlm.save(folder, cfg, params, format="hf")
   """
   config.check(cfg, params)
+  check_finite(params, "save")
   dispatch.write(path, cfg, lazy.of(params), format=format, family=family, like=like)
 
 
@@ -150,7 +153,6 @@ def forward(
   return apply(cfg, params, token_BL, segment_BL, kept)[0]
 
 
-# The weights as decoding reads them fastest (`nn.serve.fuse`), in buffers of their own.
 fuse = jax.jit(serve.fuse, static_argnums=0)
 
 

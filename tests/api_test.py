@@ -8,6 +8,8 @@ import pytest
 
 import hybridlm
 from cases import models
+from hybridlm import lazy
+from hybridlm.interop import dispatch
 
 ORDER = (
   "init", "save", "load", "forward", "generate", "calibrate", "plan", "mask", "cut",
@@ -80,3 +82,17 @@ def test_what_is_no_model_is_not_loaded_or_saved(tmp_path):
     hybridlm.save(tmp_path / "model", cfg, params, format="onnx")
   with pytest.raises(ValueError, match="family 'llama' is of format 'hf'"):
     hybridlm.save(tmp_path / "model", cfg, params, family="llama")
+
+
+@pytest.mark.parametrize("format", ["hybridlm", "hf"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, format):
+  cfg, params = models.make(), models.params(models.make())
+  broken = params | {"final": {"norm_gain_D": params["final"]["norm_gain_D"].at[3].set(jnp.nan)}}
+  with pytest.raises(ValueError, match="save: leaf 'final/norm_gain_D' holds values"):
+    hybridlm.save(tmp_path / "model", cfg, broken, format=format)
+  assert not list(tmp_path.iterdir())
+  dispatch.write(tmp_path / "model", cfg, lazy.of(broken), format=format)
+  with pytest.raises(ValueError, match="load .*model: leaf 'final/norm_gain_D' holds values"):
+    hybridlm.load(tmp_path / "model")
+  with pytest.raises(ValueError, match="dtype 'int8' is not one of float32, bfloat16"):
+    hybridlm.load(tmp_path / "model", dtype="int8")

@@ -2,10 +2,17 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import struct
 from collections.abc import Mapping
 from typing import Any
 
+# Values of metadata: bytes by type, and the two types that say their own length.
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+# Entries of an array; the largest vocabularies have a quarter of a million.
+MOST = 1 << 22
 # How words are split before merging, by the name that GGUF has for it.
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -31,11 +38,58 @@ def reader(path: str | pathlib.Path) -> Any:
     raise ValueError(f"{path}: reading GGUF needs the package gguf: pip install 'hybridlm[gguf]'")
   import gguf
 
+  _scan(path)
   try:
     return gguf.GGUFReader(path)
   except Exception as error:  # whatever its parser stumbles over: many types
     reason = " ".join(str(error).split())
     raise ValueError(f"{path} is not a whole GGUF file: {reason}") from error
+
+
+def _scan(path: pathlib.Path) -> None:
+  """Raises where a count in the header cannot be true: the package's reader would believe it.
+
+  The format: magic, version, numbers of tensors and of keys; of each key its name, the type of its
+  value and the value, where strings and arrays say how many bytes or entries follow.
+  """
+  size = path.stat().st_size
+
+  def number(file, form: str) -> int:
+    data = file.read(struct.calcsize(form))
+    if len(data) < struct.calcsize(form):
+      raise ValueError(f"{path} is not a whole GGUF file: it ends inside its metadata")
+    return struct.unpack(form, data)[0]
+
+  def skip(file, count: int, width: int) -> None:
+    if count > MOST or count * width > size - file.tell():
+      raise ValueError(f"{path} is not a whole GGUF file: {count} entries of {width} bytes at byte "
+                       f"{file.tell()} of {size}")
+    file.seek(count * width, os.SEEK_CUR)
+
+  def over(file, kind: int) -> None:
+    if kind == STRING:
+      skip(file, number(file, "<Q"), 1)
+    elif kind == ARRAY:
+      inner, count = number(file, "<I"), number(file, "<Q")
+      if inner == STRING:
+        skip(file, count, 0)
+        for _ in range(count):
+          skip(file, number(file, "<Q"), 1)
+      else:
+        skip(file, count, WIDTHS.get(inner, size))
+    else:
+      skip(file, 1, WIDTHS.get(kind, size))
+
+  with path.open("rb") as file:
+    if file.read(4) != b"GGUF" or number(file, "<I") not in (2, 3):
+      raise ValueError(f"{path} is not a whole GGUF file: it does not begin as version 2 or 3 does")
+    tensors, keys = number(file, "<Q"), number(file, "<Q")
+    for count, width in ((tensors, 24), (keys, 12)):
+      if count * width > size:
+        raise ValueError(f"{path} is not a whole GGUF file: {count} entries in {size} bytes")
+    for _ in range(keys):
+      over(file, STRING)
+      over(file, number(file, "<I"))
 
 
 def value(read: Any, path: str | pathlib.Path, key: str, kind: type, default: Any = None) -> Any:
@@ -110,13 +164,15 @@ def files(path: str | pathlib.Path) -> dict[str, str]:
   """Returns what a published folder has beside its weights, by file name, as text.
 
   `tokenizer.json`, `tokenizer_config.json` (special tokens, chat template) and
-  `generation_config.json` (their ids).
+  `generation_config.json` (their ids); nothing where the file has no tokenizer.
 
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: as `tokenizer` does.
   """
   read, ids = reader(path), {}
+  if "tokenizer.ggml.model" not in read.fields:
+    return {}
   for theirs, ours in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
     key = f"tokenizer.ggml.{theirs}_token_id"
     if key in read.fields:

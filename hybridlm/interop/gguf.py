@@ -56,7 +56,11 @@ def open(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Leaf]]:
   """
   read = metadata.reader(path)
   tensors = {tensor.name: tensor for tensor in read.tensors}
-  cfg = _config(read, path, tensors)
+  try:
+    cfg = _config(read, path, tensors)
+  except ValueError as error:
+    place = "" if str(error).startswith(str(path)) else f"{path}: "
+    raise ValueError(f"{place}{error}") from error
   names = _names(cfg)
   for name in sorted(names.keys() ^ tensors.keys()):
     if name in names:
@@ -117,9 +121,11 @@ def _config(read: Any, path: str | pathlib.Path, tensors: Mapping[str, Any]) -> 
   if tokens > V:
     raise ValueError(f"{path}: its tokenizer has {tokens} ids, more than the embedding's {V} rows")
   attention = Attention(K, heads // K, E, rope=Rope(base=_short(get("rope.freq_base", float, 1e4))))
-  layer = (attention, Mlp(get("feed_forward_length"), "swiglu"))
+  layer, count = (attention, Mlp(get("feed_forward_length"), "swiglu")), get("block_count")
+  if not 1 <= count <= len(tensors):
+    raise ValueError(f"{path}: block_count={count}, but the file holds {len(tensors)} tensors")
   return ModelConfig(
-    V, D, layer * get("block_count"), eps=_short(get("attention.layer_norm_rms_epsilon", float)),
+    V, D, layer * count, eps=_short(get("attention.layer_norm_rms_epsilon", float)),
     tied="output.weight" not in tensors, context=get("context_length"),
     vocabulary=tokens if 0 < tokens < V else None,
   )

@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and safetensors in and out, one tensor at a time."""
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,9 @@ DTYPES: Mapping[np.dtype, np.dtype] = {
   np.dtype(np.float16): np.dtype(np.float32),
   np.dtype(np.float64): np.dtype(np.float32),
 }
+HEAD = "lm_head.weight"
+# Rows of a stored head that are compared with the embedding at a time.
+ROWS = 4096
 METADATA = {"format": "pt"}  # older transformers refuse files without it
 # vLLM shards models of these families by these rules; largest number of shards looked at.
 SHARDS = 64
@@ -39,9 +43,11 @@ class Published(NamedTuple):
 
 
 def open(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, lazy.Leaf]]:
-  """Returns the config and the leaves of a Hugging Face folder; reads no data.
+  """Returns the config and the leaves of a Hugging Face folder; leaves are read when asked for.
 
-  Leaves keep their dtype; float16 and float64 become float32.
+  Leaves keep their dtype; float16 and float64 become float32. A head that is stored although the
+  config ties it is compared with the embedding: where they differ it is the head, as transformers
+  has it.
 
   Raises:
     FileNotFoundError: config.json, the weights or a shard is missing.
@@ -54,7 +60,22 @@ def open(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, lazy.Leaf]]:
   stored = safetensors.open_folder(folder)
   published = _renamed(chosen, stored, os.fspath(folder))
   cfg = _config(chosen, fields.Fields(plain, place, frozenset(published)))
+  if cfg.tied and HEAD in published and not _ties(chosen, published):
+    cfg = cfg.replace(tied=False)
   return cfg, _leaves(chosen, cfg, published, os.fspath(folder))
+
+
+def _ties(chosen: Family, published: Mapping[str, Any]) -> bool:
+  """Whether a stored head holds the embedding's values; rows are compared a few at a time."""
+  embed = next(name for name, (piece,) in chosen.outer.items() if piece.leaf.startswith("embed/"))
+  pair = [published.get(name) for name in (embed, HEAD)]
+  if pair[0] is None or tuple(pair[0].shape) != tuple(pair[1].shape) or len(pair[0].shape) != 2:
+    return True  # told by name where leaves are made
+  edges = [*range(0, pair[0].shape[0], ROWS), pair[0].shape[0]]
+  return all(
+    np.array_equal(*(tensor.read(rows=rows) for tensor in pair))
+    for rows in itertools.pairwise(edges)
+  )
 
 
 def _family(plain: Mapping[str, Any], place: str) -> Family:
@@ -119,7 +140,7 @@ def _leaves(
 
 def _known(chosen: Family, cfg: ModelConfig, name: str) -> bool:
   """Whether a tensor may be there without being read: a tied head, or no parameter at all."""
-  return (cfg.tied and name == "lm_head.weight") or bool(re.fullmatch(chosen.ignored, name))
+  return (cfg.tied and name == HEAD) or bool(re.fullmatch(chosen.ignored, name))
 
 
 def _leaf(piece: Piece, tensor: Any, rows: tuple[int, int], sizes: layout.Sizes) -> lazy.Leaf:
@@ -187,9 +208,12 @@ def tensors(
     dtype: "float32" or "bfloat16"; None keeps that of the leaves.
 
   Raises:
-    ValueError: the leaves are not the config's canonical tree.
+    ValueError: the leaves are not the config's canonical tree, or neither float32 nor bfloat16.
   """
   config.check(cfg, lazy.tree(leaves))
+  for path, leaf in leaves.items():
+    if leaf.dtype not in set(DTYPES.values()):
+      raise ValueError(f"leaf {path!r} has dtype {leaf.dtype}, weights are float32 or bfloat16")
   chosen, small = FAMILIES[family], _trimmed(cfg)
   if small.V < cfg.V:
     leaves = {path: _without_padding(path, leaf, small.V) for path, leaf in leaves.items()}
@@ -198,7 +222,16 @@ def tensors(
     leaves = {**leaves, "head/w_head_DV": _transposed(leaves["embed/w_embed_VD"])}
   for name, (ours, pieces) in table.entries(chosen, small).items():
     parts = [leaves[ours + piece.leaf] for piece in pieces]
-    yield _published(name, pieces, parts, table.sizes(small, ours), dtype)
+    changed = any(piece.change for piece in pieces)
+    # What is published as another number, and so held in float32, lies there as the matrices do.
+    kept = _matrices(leaves) if changed and dtype is None else dtype
+    yield _published(name, pieces, parts, table.sizes(small, ours), kept)
+
+
+def _matrices(leaves: lazy.Leaves) -> str:
+  """Returns the widest dtype of the projections: what config.json states."""
+  found = {leaf.dtype for path, leaf in leaves.items() if path.rpartition("/")[2].startswith("w_")}
+  return "float32" if np.dtype(np.float32) in found else "bfloat16"
 
 
 def _without_padding(path: str, leaf: lazy.Leaf, V: int) -> lazy.Leaf:
@@ -252,7 +285,7 @@ def write(
     leaves: its canonical tree.
     family: as in `describe`; None: that of `like` where it can express the model.
     like: a model on disk whose token ids and tokenizer files are carried on.
-    dtype: "float32" or "bfloat16"; None keeps the leaves' and states `cfg.dtype`.
+    dtype: "float32" or "bfloat16"; None keeps the leaves' and states that of the projections.
 
   Raises:
     ValueError: no family, or not that one, can express the model; the tokenizer or a token id of
@@ -261,7 +294,8 @@ def write(
   found = beside.gather(like)
   beside.check(found, cfg.real_vocabulary)
   name, plain = describe(cfg, _same_family(cfg, found) if family is None else family)
-  plain |= found.ids if dtype is None else {**found.ids, "dtype": dtype}
+  # Stated is what is stored: transformers casts to it.
+  plain |= {**found.ids, "dtype": _matrices(leaves) if dtype is None else dtype}
   published = tensors(cfg, leaves, name, dtype=dtype)
   with folders.replacing(folder) as part:
     safetensors.write_folder(part, published, metadata=METADATA)

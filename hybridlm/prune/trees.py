@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes
@@ -28,3 +29,14 @@ def shared_buffers(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
   held = set().union(*(pointers(x) for _, x in axes.leaves(other) if isinstance(x, jax.Array)))
   return [path for path, x in axes.leaves(one) if isinstance(x, jax.Array) and pointers(x) & held]
+
+
+def check_finite(params: Mapping[str, Any], place: str) -> None:
+  """Raises where a leaf holds what is no number; `place` begins the message.
+
+  Raises:
+    ValueError: names the first such leaf.
+  """
+  for path, leaf in axes.leaves(params):
+    if not bool(jnp.isfinite(leaf).all()):
+      raise ValueError(f"{place}: leaf {path!r} holds values that are not finite")

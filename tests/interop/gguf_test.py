@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import struct
 
 import gguf as library
 import jax.numpy as jnp
@@ -181,6 +182,9 @@ BAD = [
   ({"logit_scale": 2.0}, "llama.logit_scale=2.0 is not supported"),
   ({"block_count": None}, "its metadata lack llama.block_count"),
   ({"block_count": "two"}, "llama.block_count is 'two', not of type int"),
+  ({"block_count": 10**6}, "block_count=1000000, but the file holds 20 tensors"),
+  ({"block_count": 0}, "block_count=0, but the file holds"),
+  ({"feed_forward_length": 0}, "F=0 must be a whole number"),
   ({"block_count": 3}, "the tensor 'blk.2.attn_k.weight' is missing"),
   ({"block_count": 1}, "a llama has no tensor 'blk.1.attn_k.weight'"),
   ({"attention.head_count_kv": 4}, "6 heads do not share 4 key-value heads"),
@@ -213,6 +217,25 @@ def test_a_tokenizer_that_cannot_be_rebuilt_is_refused(tmp_path, change, message
   path = write(tmp_path / "x.gguf", small(), {}, words=words()[1] | change)
   with pytest.raises(ValueError, match=message):
     gguf.files(path)
+
+
+def test_a_file_without_a_tokenizer_has_nothing_beside_its_weights(tmp_path):
+  cfg = small()
+  assert gguf.files(write(tmp_path / "x.gguf", cfg, published(cfg, parameters(cfg)))) == {}
+
+
+@pytest.mark.parametrize("count", [2**40, 2**63, 50_000_000])
+@pytest.mark.parametrize("kind", [0, 8, 10, 99])
+def test_a_header_that_promises_more_than_the_file_holds_is_told_at_once(tmp_path, count, kind):
+  path = tmp_path / "x.gguf"
+  key = b"general.x"
+  start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+  path.write_bytes(start + struct.pack("<IIQ", 9, kind, count) + b"\0" * 100)
+  with pytest.raises(ValueError, match="x.gguf is not a whole GGUF file: .* entries of"):
+    gguf.open(path)
+  path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, count, 0) + b"\0" * 100)
+  with pytest.raises(ValueError, match="x.gguf is not a whole GGUF file: .* entries in"):
+    gguf.open(path)
 
 
 def test_files_that_are_no_gguf_and_a_missing_package_are_told(tmp_path, monkeypatch):

@@ -291,6 +291,47 @@ def test_a_dtype_that_is_asked_for_is_written_and_stated(tmp_path):
   assert leaves2["final/norm_gain_D"].dtype == np.float32
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_stored_head_is_the_head_unless_it_is_the_embedding(tmp_path, shift):
+  def headed(held):
+    head = held["model.embed_tokens.weight"].copy()
+    head[-1] += shift
+    return held | {"lm_head.weight": head}
+
+  folder = edited(
+    GOLDEN / "llama3", tmp_path / "in", config=changed({"tie_word_embeddings": True}),
+    tensors=headed,
+  )
+  cfg, leaves = huggingface.open(folder)
+  assert cfg.tied == (shift == 0)
+  if shift:
+    embed_VD, head_DV = leaves["embed/w_embed_VD"].read(), leaves["head/w_head_DV"].read()
+    np.testing.assert_array_equal((head_DV.T - embed_VD)[:-1], 0)
+    np.testing.assert_allclose((head_DV.T - embed_VD)[-1], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", ["float32", "bfloat16"])
+def test_the_dtype_that_is_stated_is_the_one_that_is_stored(tmp_path, width):
+  cfg, leaves = huggingface.open(GOLDEN / "nemotron_bias")
+  wide = {path: leaf.read() for path, leaf in leaves.items()}
+  kept = {path: x.astype(width) if "norm_gain" not in path else x for path, x in wide.items()}
+  made = {p: lazy.Leaf(x.shape, x.dtype, lambda x=x: x) for p, x in kept.items()}
+  other = {"float32": "bfloat16", "bfloat16": "float32"}[width]
+  huggingface.write(tmp_path / "out", cfg.replace(dtype=other), made)
+  stored = safetensors.open_folder(tmp_path / "out").values()
+  assert {str(tensor.dtype) for tensor in stored} == {width}
+  assert huggingface.open(tmp_path / "out")[0].dtype == width
+
+
+def test_whole_numbers_are_not_written_as_weights(tmp_path):
+  cfg, leaves = huggingface.open(HYBRID)
+  leaf = leaves["final/norm_gain_D"]
+  whole = leaf._replace(dtype=np.dtype(np.int32), read=lambda: leaf.read().astype(np.int32))
+  with pytest.raises(ValueError, match="'final/norm_gain_D' has dtype int32, weights are float32"):
+    huggingface.write(tmp_path / "out", cfg, leaves | {"final/norm_gain_D": whole})
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_leaves_of_another_model_are_refused_and_nothing_is_left(tmp_path):
   _, leaves = huggingface.open(HYBRID)
   with pytest.raises(ValueError, match=r"a_log_GH. has shape \(2, 3\), its letters say \(2, 4"):
