@@ -199,7 +199,7 @@ def evaluate(
     chat: whether prompts are put into the model's chat template.
 
   Raises:
-    ValueError: a task is unknown.
+    ValueError: a task is unknown, named twice, or cannot be loaded with its data.
   """
   manager = _manager(names, include_path)
   for name in names:
@@ -216,13 +216,40 @@ def evaluate(
   }
 
 
+class _Tasks(TaskManager):
+  """The harness's tasks, loaded one name after the other: a failure is that of a name."""
+
+  def load(self, task_list: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns tasks and groups as the harness does; names that are given twice count once."""
+    merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in dict.fromkeys(task_list):
+      try:
+        found = super().load([name])
+      except Exception as error:  # of the harness, of datasets, or of what a task's file names
+        raise ValueError(f"task {name!r} cannot be loaded: {_cause(error)}") from error
+      twice = sorted(set(found["tasks"]) & set(merged["tasks"]))
+      if twice:
+        raise ValueError(f"task {name!r} holds {twice[0]!r}, which another name holds too")
+      for kind, known in merged.items():
+        known |= found[kind]
+    return merged
+
+
+def _cause(error: Exception) -> str:
+  """Returns what went wrong in one line, and what helps where the network was shut off."""
+  said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+  if isinstance(error, ConnectionError) or "offline" in said.lower():
+    said += "; HF_DATASETS_OFFLINE=0 HF_HUB_OFFLINE=0 in the environment let it use the network"
+  return said
+
+
 def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
   """Returns the tasks there are; the harness's own, thousands of files, only where they matter."""
   if include_path is not None:
-    local = TaskManager(include_path=include_path, include_defaults=False)
+    local = _Tasks(include_path=include_path, include_defaults=False)
     if set(names) <= set(local.all_tasks) and not local.all_groups:
       return local
-  return TaskManager(include_path=include_path)
+  return _Tasks(include_path=include_path)
 
 
 def _settings(given: dict[str, Any], steps: int) -> dict[str, Any]:

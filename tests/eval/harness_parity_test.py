@@ -1,6 +1,7 @@
 """The adapter gives the harness what its own adapter gives it, on the same weights and tasks."""
 
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 import hybridlm
 from cases import published
-from experiments import tasks
+from experiments import mistakes, tasks
 from hybridlm import lazy
 from hybridlm.eval import prompts as texts
 from hybridlm.interop import huggingface
@@ -229,12 +230,32 @@ def test_generation_that_cannot_be_done_is_refused(model, settings, words):
     ours(model).generate_until(asked("generate_until", ("a", {})))
 
 
-def test_an_unknown_task_is_named_with_its_neighbours(local):
-  import types
-
+def bare():
+  """An adapter that answers nothing."""
   from hybridlm.eval import harness
 
-  bare = texts.of_tokenizer(types.SimpleNamespace(eot=0, V=1), "none")
-  adapter = harness.Adapter(lambda params, batch: None, None, bare, vocabulary=1)
+  reader = texts.of_tokenizer(types.SimpleNamespace(eot=0, V=1), "none")
+  return harness.Adapter(lambda params, batch: None, None, reader, vocabulary=1)
+
+
+TASK = "task: {name}\ndataset_path: {path}\noutput_type: multiple_choice\n"
+
+
+def test_a_task_without_its_data_is_one_line_that_names_it(tmp_path, local):
+  from hybridlm.eval import harness
+
+  for name, path in (("far", "somebody/some-data"), ("near", json.dumps(str(tmp_path / "gone")))):
+    (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, path=path))
+  hint = "HF_DATASETS_OFFLINE=0 HF_HUB_OFFLINE=0"
+  for name, words, hinted in (("far", "somebody/some-data", True), ("near", "gone", False)):
+    with pytest.raises(ValueError, match=f"task '{name}' cannot be loaded: .*{words}") as caught:
+      harness.evaluate(bare(), [name], include_path=str(tmp_path))
+    assert (hint in str(caught.value)) is hinted and "\n" not in str(caught.value)
+    assert mistakes.is_mistake(caught.value)
+
+
+def test_an_unknown_task_is_named_with_its_neighbours(local):
+  from hybridlm.eval import harness
+
   with pytest.raises(ValueError, match="task 'local_pika' is unknown; nearest: local_piqa"):
-    harness.evaluate(adapter, ["local_pika"], include_path=str(local))
+    harness.evaluate(bare(), ["local_pika"], include_path=str(local))
