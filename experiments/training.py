@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments import artefacts, evaluation, settings
 from hybridlm.config import ModelConfig
 from hybridlm.data.pipeline import Batch, Batches
-from hybridlm.train import loop, metrics, state, step
+from hybridlm.train import checkpoint, loop, metrics, state, step
 from hybridlm.train import mesh as meshes
 
 LOG = "log.json"
@@ -101,6 +101,7 @@ def _train(
     recipe.loss_fn, optimizer, accumulate=run.accumulate,
     shardings=meshes.shardings(grid, start, meshes.RULES),
   )
+  checkpoint.name_model(folder / loop.CHECKPOINTS, recipe.cfg)
   end, history = loop.run(
     advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
     validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,

@@ -23,6 +23,7 @@ from hybridlm.prune import scores as scoring
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 from hybridlm.prune.trees import check_finite, shared_buffers
+from hybridlm.train import checkpoint
 
 # Largest difference of masked and cut logits that `cut` accepts, as a share of the largest logit.
 TOLERANCE = 1e-4
@@ -69,14 +70,11 @@ def init(cfg: ModelConfig, *, seed: int = 0) -> dict[str, Any]:
   return draw(jax.random.key(seed))
 
 
-def load(
-  path: str | os.PathLike, *, dtype: str | None = None
-) -> tuple[ModelConfig, dict[str, Any]]:
+def load(path: str | os.PathLike, *, dtype: str | None = None) -> tuple[ModelConfig, dict]:
   """Returns the config and the parameters of the model a path holds.
 
-  A Hugging Face folder (`config.json` and safetensors), one of our own (`model.json`), or a GGUF
-  file. `dtype` converts the parameters; None keeps each leaf as it is stored, float16 widened to
-  float32.
+  A Hugging Face folder, one of our own, the folder `checkpoints` of a training run, or a GGUF file.
+  `dtype` converts the parameters; None keeps each leaf as it is stored, float16 widened.
 
   Raises:
     FileNotFoundError: nothing is there.
@@ -86,7 +84,11 @@ def load(
   """
   if dtype not in (None, *config.DTYPES):
     raise ValueError(f"load: dtype {dtype!r} is not one of {', '.join(config.DTYPES)}")
-  cfg, leaves = dispatch.open(path)
+  if os.path.isfile(os.path.join(path, checkpoint.MODEL)):
+    cfg, trained = checkpoint.load_model(path)
+    leaves = lazy.of(trained)
+  else:
+    cfg, leaves = dispatch.open(path)
   params = lazy.tree({name: jnp.asarray(leaf.read(), dtype) for name, leaf in leaves.items()})
   check_finite(params, f"load {os.fspath(path)}")
   return cfg, params
@@ -108,8 +110,7 @@ def save(
     cfg: the model.
     params: its parameters.
     format: "hybridlm", our own; "hf": `config.json` and safetensors for transformers and vLLM.
-    family: "hf" only: the published class, such as "nemotron_h"; None takes the first that can
-      say this model.
+    family: "hf" only: the published class, such as "nemotron_h"; None: the first that can say it.
     like: a model on disk whose tokenizer files and token ids are carried on.
 
   Raises:
@@ -171,13 +172,12 @@ def generate(
 ) -> Int[np.ndarray, "B steps"]:
   """Returns the tokens that follow each prompt; after a stop token its row is filled with it.
 
-  Prompts of different lengths stand on the left of `prompt_BL`, row b with `length_B[b]` real
-  tokens; what is behind them is never seen. `temperature` 0 takes the likeliest token; otherwise
-  tokens are drawn from the `top_k` likeliest, of these from the fewest that hold `top_p`.
+  Prompts stand on the left of `prompt_BL`, row b with `length_B[b]` real tokens; what is behind is
+  never seen. `temperature` 0 takes the likeliest token; otherwise tokens are drawn from the `top_k`
+  likeliest, of these from the fewest that hold `top_p`.
 
   Raises:
-    ValueError: parameters of another model, and what `decode.loop.stream` refuses: empty prompts,
-      ids outside the vocabulary, more tokens than the context of a model with attention.
+    ValueError: parameters of another model, and whatever `decode.loop.stream` refuses.
 
   >>> hybridlm.generate(cfg, params, token_BL, steps=5).shape
   (2, 5)

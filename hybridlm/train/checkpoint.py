@@ -24,8 +24,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from hybridlm.config import ModelConfig, check
 from hybridlm.train import state as states
 
+MODEL = "model_config.json"
 _MANIFEST = "manifest.json"
 
 
@@ -284,3 +286,29 @@ def load_params(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
     args = ocp.args.PyTreeRestore(wanted, restore_args=host, partial_restore=True)
     tree = reader.restore(path / "state", args=args)
   return jax.tree.map(jnp.array, tree["params"]), _read_json(path / "config.json")
+
+
+def name_model(folder: str | os.PathLike, cfg: ModelConfig) -> None:
+  """Writes which model a run's checkpoints are of, so that `load_model` needs nothing else."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  _write_json(folder / MODEL, cfg.to_dict())
+
+
+def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+  """Returns the config and the parameters of a run's newest good checkpoint.
+
+  Raises:
+    FileNotFoundError: no checkpoint was ever saved there, or nobody said of which model.
+    ValueError: all are damaged, or they are of another model.
+  """
+  path = pathlib.Path(folder) / MODEL
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file")
+  params, _ = load_params(folder)
+  try:
+    cfg = ModelConfig.from_dict(_read_json(path))
+    check(cfg, params)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return cfg, params

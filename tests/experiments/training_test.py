@@ -81,3 +81,25 @@ def test_a_run_killed_before_its_log_goes_on_from_its_last_checkpoint(tmp_path, 
   assert found[WEIGHTS] == want and "log.json" in found
   assert not (killed / "checkpoints").exists()
   assert artefacts.read_json(killed / "log.json")["summary"]["steps"] == 2
+
+
+def test_a_run_that_has_not_ended_can_be_loaded_from_its_checkpoints(tmp_path, monkeypatch):
+  def stop(*_, **__):
+    raise Interrupted
+
+  monkeypatch.setattr(training.artefacts, "save_model", stop)
+  folder = tmp_path / "distil.partial"
+  folder.mkdir()
+  with pytest.raises(Interrupted):
+    run(folder, steps=3)
+  monkeypatch.undo()
+  cfg, params = hybridlm.load(folder / "checkpoints")
+  assert cfg == models.make(pattern="-")
+  start = models.params(cfg)
+  moved = jax.tree.map(lambda one, two: bool((one != two).any()), params, start)
+  assert all(jax.tree.leaves(moved))
+  shutil.rmtree(folder)
+  folder.mkdir()
+  run(folder, steps=3)
+  ended = hybridlm.load(folder / "model")[1]
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, ended)))
