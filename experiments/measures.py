@@ -130,12 +130,9 @@ def text(
   """Returns the metrics of `eval.lm.report` by domain; with a teacher, distances to it too.
 
   Raises:
-    ValueError: the teacher predicts another vocabulary, or logits are not finite.
+    ValueError: logits are not finite.
   """
   cfg = subject.cfg
-  if teacher is not None and teacher[0].real_vocabulary != cfg.real_vocabulary:
-    raise ValueError(f"--teacher predicts {teacher[0].real_vocabulary} tokens and --model "
-                     f"{cfg.real_vocabulary}: they must share a vocabulary")
   evaluate = lm.make(
     functools.partial(api.apply_hidden, cfg),
     bytes_V=jnp.asarray(subject.tokenizer.byte_lengths_V), vocabulary=cfg.real_vocabulary,
@@ -200,12 +197,19 @@ def needles(
   return found
 
 
-def check(cfg: ModelConfig, names: Sequence[str], scale: Scale) -> None:
-  """Raises unless a model reads rows as long as the named measures make them.
+def check(
+  cfg: ModelConfig, names: Sequence[str], scale: Scale, *, teacher: ModelConfig | None = None
+) -> None:
+  """Raises unless a model and its teacher read rows as long as the named measures make them.
 
   Raises:
-    ValueError: see `positions`.
+    ValueError: see `positions`; or the teacher predicts another vocabulary.
   """
+  if teacher is not None:
+    if teacher.real_vocabulary != cfg.real_vocabulary:
+      raise ValueError(f"--teacher predicts {teacher.real_vocabulary} tokens and --model "
+                       f"{cfg.real_vocabulary}: they must share a vocabulary")
+    positions(teacher, scale.length, "texts for --teacher")
   if {"text", "choice"} & set(names):
     positions(cfg, scale.length, "texts")
   if "recall" in names:
@@ -215,6 +219,23 @@ def check(cfg: ModelConfig, names: Sequence[str], scale: Scale) -> None:
   if "needle" in names:
     for length in scale.lengths:
       positions(cfg, length, "needle")
+
+
+def check_choices(
+  subject: Subject, domains: Mapping[str, Sequence[str]], scale: Scale
+) -> None:
+  """Raises unless the texts give so many choices, and the model reads each option at once.
+
+  Raises:
+    ValueError: too few choices, or an option of more tokens than `scale.length`.
+  """
+  own = subject.prompts
+  for name, texts in domains.items():
+    asked = choice.items(texts, count=scale.items, seed=scale.seed)
+    longest = max(len(one.target) for one in choice.pairs(asked, own.encode, prefix=own.prefix))
+    if longest > scale.length:
+      raise ValueError(f"next sentences of {name}: an option of {longest} tokens is longer than "
+                       f"--length={scale.length}")
 
 
 def positions(cfg: ModelConfig, length: int, place: str) -> None:

