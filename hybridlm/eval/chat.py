@@ -5,11 +5,24 @@ import json
 from collections.abc import Mapping, Sequence
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 
 # Stands where the last message ends, to find that place in what the template made of it; the space
 # after it tells whether the template keeps white space there.
 _MARK = "\u2063end of the last message\u2063"
+
+
+class _Generation(jinja2.ext.Extension):
+  """`{% generation %} .. {% endgeneration %}` marks the model's own words: they stay so."""
+
+  tags = frozenset({"generation"})
+
+  def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    """Returns what stands inside the tag, in a scope of its own."""
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 def render(
@@ -25,10 +38,10 @@ def render(
       the model goes on with.
 
   Raises:
-    ValueError: the template refuses the chat, or drops the message to go on with.
+    ValueError: the template refuses or cannot take the chat, or drops the message to go on with.
   """
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
   )
   environment.filters["tojson"] = _to_json
   environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
@@ -39,8 +52,11 @@ def render(
     text = environment.from_string(template).render(
       messages=chat, add_generation_prompt=reply, tools=None, documents=None, **words
     )
-  except jinja2.TemplateError as error:
-    raise ValueError(f"the chat template refuses this chat: {error}") from error
+  except Exception as error:  # a template is a program: whatever it stumbles over
+    said = " ".join(str(error).split())
+    if not isinstance(error, jinja2.TemplateError):
+      said = f"{type(error).__name__}: {said}"
+    raise ValueError(f"the chat template refuses this chat: {said}") from error
   if reply:
     return text
   if _MARK not in text:

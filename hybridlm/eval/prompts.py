@@ -118,7 +118,7 @@ def of_files(files: Mapping[str, str], name: str) -> Prompts:
     ends=tuple(dict.fromkeys(ends)) or (largest + 1,),
     largest=largest,
     bos=starts[0] if starts else None,
-    templates=_templates(files.get(TEMPLATE), settings.get("chat_template")),
+    templates=_templates(files.get(TEMPLATE), settings.get("chat_template"), name),
     words=words,
   )
 
@@ -159,10 +159,19 @@ def _id(inner: tokenizers.Tokenizer, word: str, place: str) -> int:
   return found
 
 
-def _templates(own: str | None, value: Any) -> dict[str, str]:
+def _templates(own: str | None, value: Any, place: str) -> dict[str, str]:
   """Returns chat templates by name: that of a file of its own comes before the settings'."""
   if own is not None:
     return {"default": own}
   if isinstance(value, str):
     return {"default": value}
-  return {each["name"]: each["template"] for each in value or ()}
+  found = {}
+  if isinstance(value, dict):
+    value = [{"name": key, "template": template} for key, template in value.items()]
+  for each in [] if value is None else value if isinstance(value, list) else [value]:
+    pair = [each.get(key) for key in ("name", "template")] if isinstance(each, dict) else []
+    if not pair or not all(isinstance(part, str) for part in pair):
+      raise ValueError(f"{place}: chat_template of {CONFIGS[0]} holds {str(each)[:40]!r}, which is "
+                       "no template with a name")
+    found[pair[0]] = pair[1]
+  return found

@@ -85,6 +85,8 @@ def test_a_template_of_its_own_file_comes_before_the_settings(tmp_path):
   own = prompts.of_folder(write(tmp_path, tokenizer_config=settings))
   assert own.templates == {"default": "A", "tools": "B"}
   assert own.words == {"bos_token": "<bos>", "eos_token": "<eos>"}
+  settings["chat_template"] = {each["name"]: each["template"] for each in named}
+  assert prompts.of_folder(write(tmp_path, tokenizer_config=settings)).templates == own.templates
   settings["chat_template"] = "C"
   assert prompts.of_folder(write(tmp_path, tokenizer_config=settings)).templates["default"] == "C"
   own = prompts.of_folder(write(tmp_path, tokenizer_config=settings, template="D"))
@@ -111,6 +113,9 @@ def test_a_tokenizer_of_ours_has_no_special_tokens_but_its_end():
   ("tokenizer.json", "{", "tokenizer.json is not JSON of the tokenizers library"),
   ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
   ("config.json", "[3]", r"config.json holds '\[3\]', not an object"),
+  ("tokenizer_config.json", '{"chat_template": [{"template": "A"}]}', "no template with a name"),
+  ("tokenizer_config.json", '{"chat_template": ["A"]}', "holds 'A', which is no template"),
+  ("tokenizer_config.json", '{"chat_template": {"default": 3}}', "no template with a name"),
   ("tokenizer_config.json", '{"eos_token": "</s>"}', "token '</s>' of tokenizer_config.json is"),
 ])
 def test_a_damaged_file_is_named(tmp_path, name, content, words):
