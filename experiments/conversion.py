@@ -38,8 +38,8 @@ class Job(NamedTuple):
 class Report(NamedTuple):
   """What a conversion did: seconds of each part, bytes of the leaves, and the error seen.
 
-  `hash_s` is 0 without a plan; `error` is the largest difference of the outputs compared, as a
-  share of the largest output.
+  `hash_s` is 0 without a plan; `error` is the largest difference of outputs, as a share of the
+  largest (`comparison.compare`).
   """
 
   hash_s: float
@@ -79,7 +79,7 @@ def convert(job: Job, *, say: Callable[[str], None]) -> Report:
     got_cfg, got = dispatch.open(written)
     source = comparison.Side(cfg, leaves)
     error = comparison.compare(
-      source, comparison.Side(got_cfg, got), plan, narrowed=_narrowed(job, leaves)
+      source, comparison.Side(got_cfg, got), plan, dtype=job.dtype, published=job.format == "hf"
     )
     folders.put(written, target)
   except BaseException:
@@ -105,7 +105,10 @@ def _bytes(leaves: lazy.Leaves) -> int:
 
 def _tell(job: Job, report: Report, cfg: ModelConfig, leaves: lazy.Leaves, say) -> None:
   say(f"target: {_describe(cfg, leaves)}; written in {report.write_s:.1f} s")
-  say(f"verified in {report.verify_s:.1f} s: largest difference of outputs {report.error:.1e}")
+  say(
+    f"verified in {report.verify_s:.1f} s: every leaf is the source's, largest difference of "
+    f"outputs {report.error:.1e}"
+  )
   if job.format == "hf":
     for note in huggingface.serving_notes(cfg):
       say(f"note: {note}")
@@ -133,12 +136,6 @@ def _check_plan(job: Job, leaves: lazy.Leaves, plan: Plan | None) -> float:
   seen = {path: comparison.finite(path, leaf, job.source) for path, leaf in leaves.items()}
   stream.check_source(seen, plan)
   return time.monotonic() - begin
-
-
-def _narrowed(job: Job, leaves: lazy.Leaves) -> bool:
-  """Whether the target holds fewer digits than the source."""
-  wide = any(leaf.dtype == np.float32 for leaf in leaves.values())
-  return job.dtype == "bfloat16" and wide
 
 
 def _write(job: Job, target: pathlib.Path, cfg: ModelConfig, leaves: lazy.Leaves) -> None:

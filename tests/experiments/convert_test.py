@@ -200,6 +200,87 @@ def test_a_target_that_is_not_the_source_is_seen_and_removed(
               and path.name != "texts"]
 
 
+@pytest.mark.parametrize("small", [0, 1 << 30], ids=["by block", "whole"])
+@pytest.mark.parametrize("format", dispatch.FORMATS)
+@pytest.mark.parametrize("dtype", conversion.DTYPES)
+def test_a_plan_and_another_dtype_go_together(
+  capsys, tmp_path, source, plan, params, small, format, dtype, monkeypatch
+):
+  monkeypatch.setattr(comparison, "SMALL", small)
+  flags = {"source": source, "plan": tmp_path / "plan.json", "format": format, "dtype": dtype}
+  code, out, err = run(capsys, target=tmp_path / "t", **flags)
+  assert (code, err) == (0, "") and "every leaf is the source's" in out
+  for path, leaf in axes.leaves(cutting.cut(CFG, params, plan)[1]):
+    got = values(tmp_path / "t")[1][path]
+    short = dtype == "bfloat16" and (format == "hf" or "/w_" in path or "/conv_x" in path)
+    assert got.dtype == (dtype if short else got.dtype)
+    assert np.array_equal(got, np.asarray(leaf).astype(got.dtype)), path
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_gains_that_a_class_stores_as_another_number_may_be_rounded_there(
+  capsys, tmp_path, dtype, monkeypatch
+):
+  monkeypatch.setattr(comparison, "SMALL", 0)
+  cfg = models.make(
+    "untied", "*-*-", norm="layernorm1p", rope=hybridlm.config.Rope(), context=64
+  )
+  params = models.params(cfg, 5.0)
+  native.write(tmp_path / "source", cfg, lazy.of(params))
+  small = cfg.replace(D=11)
+  random_checkpoint.random_plan(cfg, small, tree_hash(params)).save(tmp_path / "plan.json")
+  flags = {"source": tmp_path / "source", "family": "nemotron"}
+  flags |= {"dtype": dtype} if dtype else {}
+  assert run(capsys, target=tmp_path / "t", **flags)[::2] == (0, "")
+  code, out, err = run(capsys, target=tmp_path / "s", plan=tmp_path / "plan.json", **flags)
+  assert (code, err) == (0, "") and "largest difference" in out
+
+
+@pytest.mark.parametrize("leaf, format, dtype, planned", [
+  ("blocks/00/w_dt_DGH", "hf", None, False), ("blocks/00/w_b_DGN", "hybridlm", None, True),
+  ("blocks/00/conv_c_WGN", "hf", None, True), ("blocks/02/w_q_DKJE", "hybridlm", "bfloat16", False),
+  ("blocks/02/w_q_DKJE", "hf", "bfloat16", True), ("final/norm_gain_D", "hf", None, True),
+])
+def test_a_leaf_that_hardly_moves_the_output_is_still_compared(
+  tmp_path, monkeypatch, leaf, format, dtype, planned
+):
+  params = hybridlm.init(CFG, seed=0)
+  native.write(tmp_path / "source", CFG, lazy.of(params))
+  random_checkpoint.random_plan(CFG, SMALL, tree_hash(params)).save(tmp_path / "plan.json")
+  opened = dispatch.open
+
+  def damaged(path):
+    cfg, leaves = opened(path)
+    if str(path).endswith("source"):
+      return cfg, leaves
+    read = leaves[leaf].read
+    value = np.nan if leaf.startswith("final") else 0
+    return cfg, {**leaves, leaf: leaves[leaf]._replace(read=lambda: read() * value)}
+
+  monkeypatch.setattr(dispatch, "open", damaged)
+  plan = str(tmp_path / "plan.json") if planned else None
+  job = conversion.Job(str(tmp_path / "source"), str(tmp_path / "t"), format, None, plan, dtype)
+  with pytest.raises(RuntimeError, match=f"leaf '{leaf}' of the target differs by"):
+    conversion.convert(job, say=str)
+  assert not list(tmp_path.glob("t*"))
+
+
+def test_outputs_tell_a_cut_that_keeps_other_entries_than_the_plan(tmp_path, source, monkeypatch):
+  monkeypatch.setattr(comparison, "SMALL", 0)
+  random_checkpoint.random_plan(CFG, SMALL, tree_hash(models.params(CFG, 5.0))).save(
+    tmp_path / "plan.json")
+  take = stream.take
+
+  def other(w, letters, keeps):
+    return take(w, letters, {name: np.sort((keep + 1) % 4) if name == "keep_GH" else keep
+                             for name, keep in keeps.items()})
+
+  monkeypatch.setattr(stream, "take", other)
+  job = conversion.Job(str(source), str(tmp_path / "t"), plan=str(tmp_path / "plan.json"))
+  with pytest.raises(RuntimeError, match="block 0 of the target differs by"):
+    conversion.convert(job, say=str)
+
+
 # Stops for ever in the middle of the second half of the tensors it writes.
 KILLED = """
 import sys, time
