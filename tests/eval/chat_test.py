@@ -13,13 +13,13 @@ def render(template, *, reply=True):
 
 
 def test_the_mark_around_the_model_s_own_words_changes_no_text():
-  inside = "{{ m['content'] }}{{ eos_token }}{% if loop.last %}{% set x = 3 %}{% endif %}\n"
-  loop = "{%% for m in messages %%}[{{ m['role'] }}] %s{%% endfor %%}{{ x }}"
+  inside = "{{ m['content'] }}{{ eos_token }}{% if loop.last %}.{% endif %}"
+  loop = "{%% for m in messages %%}[{{ m['role'] }}] %s{%% endfor %%}"
   plain = render(loop % inside)
-  assert plain == "[user] Hi<eos>\n[assistant] Well<eos>\n"
+  assert plain == "[user] Hi<eos>[assistant] Well<eos>."
   assert render(loop % f"{{% generation %}}{inside}{{% endgeneration %}}") == plain
-  assert render(loop % f"{{%- generation -%}}{inside}{{%- endgeneration %}}") == plain.replace(
-    "] ", "]").replace("\n", "")
+  stripped = loop % f"{{%- generation -%}} {inside} {{%- endgeneration %}}"
+  assert render(stripped) == plain.replace("] ", "]")
 
 
 def test_a_chat_to_go_on_with_ends_inside_its_last_message():
