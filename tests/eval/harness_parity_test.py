@@ -9,7 +9,7 @@ import pytest
 
 import hybridlm
 from cases import published
-from experiments import mistakes, tasks
+from experiments import evaluate, mistakes, tasks
 from hybridlm import lazy
 from hybridlm.eval import prompts as texts
 from hybridlm.interop import huggingface
@@ -27,8 +27,17 @@ validation_split: validation
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[0]}}}}"
 generation_kwargs: {{until: ["e ", "."], max_gen_toks: 16, do_sample: false}}
+process_results: !function sums.texts
 metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+  - {{metric: letters, aggregation: mean, higher_is_better: true}}
+  - {{metric: checksum, aggregation: mean, higher_is_better: true}}
+"""
+# Numbers that say whether two texts are the same: a random model never gives the true one.
+SUMS = """import zlib
+
+
+def texts(doc, results):
+  return {"letters": len(results[0]), "checksum": zlib.crc32(results[0].encode()) % 100003}
 """
 
 
@@ -40,6 +49,7 @@ def _local(tmp_path_factory):
   tasks.write(folder)
   path = json.dumps(str(folder / "local_piqa.jsonl"))
   (folder / "local_writing.yaml").write_text(WRITING.format(path=path))
+  (folder / "sums.py").write_text(SUMS)
   return folder
 
 
@@ -88,17 +98,47 @@ def test_results_of_local_tasks_are_those_of_the_harness_own_adapter(local, mode
   from hybridlm.eval import harness
 
   adapter = ours(model, generate=tasks.generator(*model[:2]))
+  theirs.batch_size_per_gpu = 1  # see test_generated_text_ends_where_the_harness_own_ends
   found, wanted = (
     harness.evaluate(each, NAMES, include_path=str(local), limit=LIMIT)
     for each in (adapter, theirs)
   )
-  assert set(found) == set(wanted) == set(NAMES)
-  numbers = [(task, key) for task in NAMES for key, value in wanted[task].items()
-             if isinstance(value, float) and not key.endswith("_stderr,none")]
-  assert len(numbers) >= 6
+  same(found, wanted, NAMES)
+  assert wanted["local_text"]["bits_per_byte"] > 1 and 0 < wanted["local_piqa"]["acc"] < 1
+
+
+def same(found, wanted, names):
+  """Whether two runs of tasks agree, in numbers that say something."""
+  assert set(found) == set(wanted) == set(names)
+  numbers = [(task, key) for task in names for key, value in wanted[task].items()
+             if isinstance(value, (int, float)) and not key.endswith("_stderr")]
+  assert len(numbers) >= 2 * len(names)
   for task, key in numbers:
     assert found[task][key] == pytest.approx(wanted[task][key], rel=1e-3), (task, key)
-  assert wanted["local_text"]["bits_per_byte"] > 1 and 0 < wanted["local_piqa"]["acc"] < 1
+  # Texts are the same to the letter.
+  assert found["local_writing"]["checksum"] == wanted["local_writing"]["checksum"] > 0
+  assert wanted["local_writing"]["letters"] > 1
+
+
+def test_the_command_gives_what_the_harness_own_adapter_gives_of_chats(
+  local, folder, theirs, tmp_path, capsys
+):
+  from hybridlm.eval import harness
+
+  names, out = ("local_piqa", "local_writing"), tmp_path / "out.json"
+  theirs.batch_size_per_gpu = 1
+  wanted = harness.evaluate(theirs, names, include_path=str(local), limit=LIMIT, chat=True)
+  code = evaluate.start([
+    "evaluate", f"--model={folder}", f"--tasks={','.join(names)}", f"--include_path={local}",
+    "--apply_chat_template", f"--limit={LIMIT}", "--batch=4", f"--out={out}",
+  ])
+  assert code == 0, capsys.readouterr().err
+  found = json.loads(out.read_text())["tasks"]
+  same(found, wanted, names)
+  plain = harness.evaluate(theirs, names, include_path=str(local), limit=LIMIT)
+  assert plain["local_writing"]["checksum"] != wanted["local_writing"]["checksum"]
+  assert f"| local_writing | checksum | {found['local_writing']['checksum']:.4f} |" in (
+    capsys.readouterr().out)
 
 
 def test_each_request_gets_the_same_answer(model, theirs):
