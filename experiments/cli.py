@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from experiments import mistakes, stages
+from experiments import console, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -40,22 +40,15 @@ def start(main: Callable[[Job], None]) -> None:
 
 
 def call(main: Callable[[Job], None], argv: Sequence[str]) -> int:
-  """Returns the exit code of a command: 0, or 2 after one line about a user's mistake.
+  """Returns the exit code of a command with a config, as `console.call` does."""
 
-  A mistake is a ValueError or FileNotFoundError that our own code raised. Anything else is a bug
-  or the machine's fault, and keeps its traceback.
-  """
-  try:
+  def run(argv: Sequence[str]) -> None:
     job = parse(argv)
     if job is not None:
       _keep_programs(job.cache / "programs")
       main(job)
-  except mistakes.TYPES as error:
-    if not mistakes.is_mistake(error):
-      raise
-    print(" ".join(str(error).split()), file=sys.stderr)
-    return 2
-  return 0
+
+  return console.call(run, argv)
 
 
 def parse(argv: Sequence[str]) -> Job | None:
