@@ -1,9 +1,9 @@
 """Models from one format to another, whole or cut by a plan, without ever being in memory."""
 
+import contextlib
 import os
 import pathlib
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,13 +53,17 @@ class Report(NamedTuple):
 def convert(job: Job, *, say: Callable[[str], None]) -> Report:
   """Writes the target, verifies it, puts it in place, and returns what that took.
 
+  It is the sibling `NAME.unverified` until then, which does not load while it is verified.
+
   Raises:
     ValueError: the source, the plan or the target cannot be used as asked; nothing is written.
     FileNotFoundError: the source or the plan is not there.
     RuntimeError: what was written is not what was read; it is removed.
   """
   target = pathlib.Path(os.path.abspath(job.target))
-  folders.check_target(target)
+  written = target.with_name(f"{target.name}.unverified")
+  for place in (target, written):
+    folders.check_target(place)
   plan = None if job.plan is None else Plan.load(job.plan)
   cfg, leaves = dispatch.open(job.source)
   say(f"source: {_describe(cfg, leaves)}")
@@ -71,19 +75,21 @@ def convert(job: Job, *, say: Callable[[str], None]) -> Report:
     small = {path: comparison.finite(path, leaf, job.source) for path, leaf in small.items()}
   else:
     say(f"plan: made for this source; hashing it took {seconds:.1f} s")
-  written = target.with_name(f"{target.name}.unverified")
   begin = time.monotonic()
   _write(job, written, small_cfg, small)
   middle = time.monotonic()
   try:
+    # Opened: reading its leaves needs no config. A run that dies here leaves no model.
     got_cfg, got = dispatch.open(written)
-    source = comparison.Side(cfg, leaves)
-    error = comparison.compare(
-      source, comparison.Side(got_cfg, got), plan, dtype=job.dtype, published=job.format == "hf"
-    )
+    made = comparison.Side(got_cfg, got)
+    with folders.hiding(written, huggingface.CONFIG if job.format == "hf" else native.FILE):
+      error = comparison.compare(
+        comparison.Side(cfg, leaves), made, plan, dtype=job.dtype, published=job.format == "hf"
+      )
     folders.put(written, target)
   except BaseException:
-    shutil.rmtree(written, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      folders.remove(written)
     raise
   end = time.monotonic()
   report = Report(seconds, middle - begin, end - middle, _bytes(leaves), _bytes(got), error)

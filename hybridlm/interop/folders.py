@@ -87,16 +87,26 @@ def read_json(folder: str | os.PathLike, name: str) -> dict[str, Any]:
 
 
 def _ours(folder: pathlib.Path) -> bool:
-  """Whether nothing is lost with a folder: it is empty, or holds only what we wrote into it."""
-  if (folder / MARK).is_symlink():
-    return False
-  held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-  if not held:
+  """Whether nothing is lost with a folder: it is empty, or holds only what we wrote into it.
+
+  A mark that is a link, cannot be read or is damaged is not ours. An empty one stands in a folder
+  in the making, in which everything is.
+  """
+  if not os.listdir(folder):
     return True
-  if MARK not in held:
+  mark = folder / MARK
+  if mark.is_symlink() or not mark.is_file():
     return False
-  text = (folder / MARK).read_text("utf-8")
-  return not text or held <= {MARK, *json.loads(text)}
+  try:
+    text = mark.read_text("utf-8")
+    names = json.loads(text) if text else None
+  except (OSError, ValueError, RecursionError):
+    return False
+  if names is None:
+    return True
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    return False
+  return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} <= {MARK, *names}
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -110,8 +120,9 @@ def _sync(path: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _held(part: pathlib.Path) -> Iterator[None]:
   """Holds a folder in the making for this process; the lock dies with the process."""
-  part.mkdir(exist_ok=True)
-  handle = os.open(part, os.O_RDONLY)
+  with _writable(part):
+    part.mkdir(parents=True, exist_ok=True)
+    handle = os.open(part, os.O_RDONLY)
   try:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,42 +133,115 @@ def _held(part: pathlib.Path) -> Iterator[None]:
     os.close(handle)
 
 
-def _clear(part: pathlib.Path) -> None:
-  for path in part.iterdir():
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+@contextlib.contextmanager
+def _writable(folder: pathlib.Path) -> Iterator[None]:
+  """Says in one line what the system has against a folder."""
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _clear(folder: pathlib.Path) -> None:
+  """Empties a folder but for its mark, which tells that what is still there is ours."""
+  for path in folder.iterdir():
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    elif path.name != MARK:
+      path.unlink()
+
+
+def remove(folder: str | os.PathLike) -> None:
+  """Deletes a folder that we wrote; one that is deleted in part still says that it is ours.
+
+  Does nothing where there is none.
+  """
+  folder = pathlib.Path(folder)
+  if folder.is_dir():
+    _clear(folder)
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _old(folder: pathlib.Path) -> pathlib.Path:
+  """Returns where a folder waits while another takes its place: no name that people choose."""
+  return folder.with_name(f".{folder.name}.hybridlm-old")
+
+
+def _part(folder: pathlib.Path) -> pathlib.Path:
+  return folder.with_name(f"{folder.name}.partial")
 
 
 def check_target(folder: str | os.PathLike) -> None:
   """Raises unless a folder can be written: it is not there, empty, or all in it is our own.
 
+  The same holds for the siblings that are needed on the way, `NAME.partial` and
+  `.NAME.hybridlm-old`; the first folder above that is there can be written in.
+
   Raises:
-    ValueError: something of somebody else's would be lost.
+    ValueError: something of somebody else's would be lost, or the system refuses.
   """
-  folder = pathlib.Path(folder)
-  if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-    raise ValueError(f"{folder}: exists and is not a folder")
-  if folder.is_dir() and not _ours(folder):
-    raise ValueError(f"{folder}: exists and holds files that hybridlm did not write; move it away")
+  folder = pathlib.Path(os.path.abspath(folder))
+  if not folder.name:
+    raise ValueError(f"{folder}: cannot be written: it has no name")
+  with _writable(folder):
+    for place in (folder, _part(folder), _old(folder)):
+      _check(place)
+    above = next(path for path in folder.parents if path.exists())
+    if not above.is_dir():
+      raise ValueError(f"{folder}: cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+      raise ValueError(f"{folder}: cannot be written: no right to write in {above}")
+
+
+def _check(place: pathlib.Path) -> None:
+  if place.is_symlink() or (place.exists() and not place.is_dir()):
+    raise ValueError(f"{place}: exists and is not a folder")
+  if place.exists() and not _ours(place):
+    raise ValueError(f"{place}: exists and holds files that hybridlm did not write; move it away")
 
 
 def put(part: str | os.PathLike, folder: str | os.PathLike) -> None:
   """Renames a folder that we wrote to `folder`, in place of what we wrote there before.
 
+  What was there waits as `.NAME.hybridlm-old` until that is done, and is deleted then. What a run
+  that died left under that name is deleted once there is a whole folder beside it.
+
   Raises:
     ValueError: `folder` holds files that we did not write.
   """
   part, folder = pathlib.Path(part), pathlib.Path(os.path.abspath(folder))
-  old = folder.with_name(f"{folder.name}.old")
-  for place in (folder, old):
-    check_target(place)
+  check_target(folder)
+  old = _old(folder)
   if folder.exists():
-    if old.is_dir():
-      shutil.rmtree(old)
+    remove(old)
     folder.rename(old)
   part.rename(folder)
   _sync(folder.parent)
-  if old.is_dir():
-    shutil.rmtree(old)
+  remove(old)
+
+
+def _mark(folder: pathlib.Path, *more: str) -> None:
+  """Writes down that what a folder holds is ours, and files that it will hold."""
+  names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+  held = folder / f"{MARK}.part"
+  held.write_text(json.dumps([name for name in [*names, *more] if name != MARK]), "utf-8")
+  held.replace(folder / MARK)
+
+
+@contextlib.contextmanager
+def hiding(folder: str | os.PathLike, name: str) -> Iterator[None]:
+  """Keeps a file of a folder we wrote under another name: while the block runs, nothing loads it.
+
+  Where the block raises, or the process dies, the name does not come back.
+  """
+  shown = pathlib.Path(folder, name)
+  hidden = shown.with_name(f"{name}.unverified")
+  _mark(shown.parent, hidden.name)
+  shown.rename(hidden)
+  yield
+  hidden.rename(shown)
+  _sync(shown.parent)
 
 
 @contextlib.contextmanager
@@ -168,25 +252,22 @@ def replacing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   process dies, the sibling is, and the next run removes it.
 
   Raises:
-    ValueError: `folder` holds files that we did not write, or another process is writing it.
+    ValueError: `folder` holds files that we did not write, or cannot be written, or another
+      process is writing it.
   """
   folder = pathlib.Path(os.path.abspath(folder))
-  part = folder.with_name(f"{folder.name}.partial")
-  for place in (folder, part):
-    check_target(place)
-  folder.parent.mkdir(parents=True, exist_ok=True)
+  part = _part(folder)
+  check_target(folder)
   with _held(part):
     _clear(part)
-    (part / MARK).touch()
+    (part / MARK).write_bytes(b"")
     try:
       yield part
-      names = sorted(path.relative_to(part).as_posix() for path in part.rglob("*"))
-      held = part / f"{MARK}.part"
-      held.write_text(json.dumps([name for name in names if name != MARK]), "utf-8")
-      held.replace(part / MARK)
+      _mark(part)
       for path in (*part.rglob("*"), part):
         _sync(path)
       put(part, folder)
     except BaseException:
-      shutil.rmtree(part, ignore_errors=True)
+      with contextlib.suppress(OSError):
+        remove(part)
       raise

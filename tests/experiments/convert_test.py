@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,40 @@ def test_a_leaf_that_hardly_moves_the_output_is_still_compared(
   with pytest.raises(RuntimeError, match=f"leaf '{leaf}' of the target differs by"):
     conversion.convert(job, say=str)
   assert not list(tmp_path.glob("t*"))
+
+
+@pytest.mark.parametrize("format", dispatch.FORMATS)
+def test_what_is_not_verified_yet_does_not_load(capsys, tmp_path, source, format, monkeypatch):
+  compare, seen = comparison.compare, []
+
+  def looking(*args, **options):
+    assert (tmp_path / "t.unverified" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="holds neither"):
+      dispatch.open(tmp_path / "t.unverified")
+    shutil.copytree(tmp_path / "t.unverified", tmp_path / "left")
+    return seen.append(1) or compare(*args, **options)
+
+  monkeypatch.setattr(comparison, "compare", looking)
+  flags = {"source": source, "target": tmp_path / "t", "format": format}
+  assert run(capsys, **flags)[::2] == (0, "") and seen
+  assert values(tmp_path / "t")[0].blocks == CFG.blocks
+  monkeypatch.undo()
+  (tmp_path / "left").rename(tmp_path / "t.unverified")
+  assert run(capsys, **flags)[::2] == (0, "") and not (tmp_path / "t.unverified").exists()
+
+
+def test_siblings_are_looked_at_before_the_source_is(capsys, tmp_path, source, monkeypatch):
+  def never(path):
+    raise AssertionError(path)
+
+  monkeypatch.setattr(dispatch, "open", never)
+  for name in ("u.partial", "u.unverified", "u.unverified.partial", ".u.hybridlm-old"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes").write_text("mine", "utf-8")
+    refuses(capsys, tmp_path, f"{name}: exists and", source=source, target=tmp_path / "u")
+    shutil.rmtree(tmp_path / name)
+  (tmp_path / "plain").write_text("mine", "utf-8")
+  refuses(capsys, tmp_path, "is not a folder", source=source, target=tmp_path / "plain" / "u")
 
 
 def test_outputs_tell_a_cut_that_keeps_other_entries_than_the_plan(tmp_path, source, monkeypatch):

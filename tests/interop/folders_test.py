@@ -96,10 +96,86 @@ def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path, monkeypatc
   with pytest.raises(SystemExit):
     fill(tmp_path / "t", a="2")
   monkeypatch.undo()
-  assert texts(tmp_path / "t.old") == {"a": "1"}
+  assert texts(tmp_path / ".t.hybridlm-old") == {"a": "1"}
   assert texts(tmp_path / "survivor.partial") == {"a": "2"}
   fill(tmp_path / "t", a="3")
-  assert texts(tmp_path / "t") == {"a": "3"} and not (tmp_path / "t.old").exists()
+  assert texts(tmp_path / "t") == {"a": "3"} and not (tmp_path / ".t.hybridlm-old").exists()
+
+
+def test_a_folder_that_its_owner_moved_to_another_name_stays(tmp_path):
+  fill(tmp_path / "t", a="1")
+  (tmp_path / "t").rename(tmp_path / "t.old")
+  for text in "23":
+    fill(tmp_path / "t", a=text)
+  assert texts(tmp_path / "t.old") == {"a": "1"} and texts(tmp_path / "t") == {"a": "3"}
+
+
+@pytest.mark.parametrize("sibling", ["t", "t.partial", ".t.hybridlm-old"])
+@pytest.mark.parametrize(
+  "mark", [b"{", b"\xff", b"{}", b"[1]", b"[" * 10**5, None],
+  ids=["no JSON", "no text", "no list", "no names", "deep", "folder"],
+)
+def test_a_damaged_mark_or_one_that_is_no_file_is_not_ours(tmp_path, sibling, mark):
+  place = tmp_path / sibling
+  place.mkdir()
+  (place / "notes").write_text("mine", "utf-8")
+  place.joinpath(folders.MARK).mkdir() if mark is None else (
+    place.joinpath(folders.MARK).write_bytes(mark))
+  with pytest.raises(ValueError, match=f"{sibling}: exists and holds files that hybridlm did not"):
+    folders.check_target(tmp_path / "t")
+  with pytest.raises(ValueError, match=f"{sibling}: exists and holds files that hybridlm did not"):
+    fill(tmp_path / "t", a="1")
+  assert (place / "notes").read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize("sibling", ["t.partial", ".t.hybridlm-old"])
+def test_a_deletion_that_was_cut_short_is_finished_later(tmp_path, monkeypatch, sibling):
+  fill(tmp_path / "t", a="1", b="2")
+  (tmp_path / "t").rename(tmp_path / sibling)
+  unlink, left = pathlib.Path.unlink, [1]
+
+  def dying(path, **options):
+    if not left:
+      raise SystemExit
+    left.pop()
+    unlink(path, **options)
+
+  monkeypatch.setattr(pathlib.Path, "unlink", dying)
+  with pytest.raises(SystemExit):
+    folders.remove(tmp_path / sibling)
+  monkeypatch.undo()
+  assert len(texts(tmp_path / sibling)) == 1
+  fill(tmp_path / "t", c="3")
+  assert texts(tmp_path / "t") == {"c": "3"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_the_system_refuses_is_one_line_before_any_work(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("mine", "utf-8")
+  for name, message in {
+    "file/t": "file is not a folder", "file/deep/t": "file is not a folder",
+    "x" * 250: "File name too long", "/": "it has no name",
+  }.items():
+    with pytest.raises(ValueError, match=f"cannot be written: .*{message}"):
+      folders.check_target(tmp_path / name)
+  monkeypatch.setattr(os, "access", lambda *args: False)
+  with pytest.raises(ValueError, match="cannot be written: no right to write in"):
+    folders.check_target(tmp_path / "deep" / "t")
+  monkeypatch.undo()
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="cannot be written: File exists"):
+    fill(tmp_path / "link" / "t", a="1")
+
+
+def test_a_hidden_file_comes_back_only_where_all_went_well(tmp_path):
+  fill(tmp_path / "t", a="1", b="2")
+  with folders.hiding(tmp_path / "t", "a"):
+    assert texts(tmp_path / "t") == {"a.unverified": "1", "b": "2"}
+  assert texts(tmp_path / "t") == {"a": "1", "b": "2"}
+  with pytest.raises(KeyError), folders.hiding(tmp_path / "t", "a"):
+    raise KeyError
+  assert texts(tmp_path / "t") == {"a.unverified": "1", "b": "2"}
+  fill(tmp_path / "t", c="3")
+  assert texts(tmp_path / "t") == {"c": "3"}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\0", "a\n", 7, "x" * 300])
