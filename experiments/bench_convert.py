@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import artefacts, console, conversion, random_checkpoint
-from hybridlm.config import PRESETS
+from hybridlm import config
+from hybridlm.interop import dispatch
+from hybridlm.prune.plan import Plan
 
 RESULT = """# Converting and pruning without loading
 
@@ -35,8 +37,8 @@ Made by `python -m experiments.bench_convert --folder=FOLDER --preset={preset}
 Every run starts with the source out of the page cache, and ends with its files synced to disk.
 *Reading and writing* is all that makes the target; with a plan it includes hashing the source,
 which tells that the plan was made for these very parameters. *With verification* adds opening
-the target again and comparing the outputs of each block of the (masked) source and the target on
-random input in float32.
+the target again and comparing every leaf by value with the (cut) source; where blocks are cut, the
+outputs of each one of the masked source and the target, too, on random input in float32.
 """
 
 
@@ -78,6 +80,22 @@ def measure(job: conversion.Job) -> tuple[conversion.Report, float]:
   return found
 
 
+def check_source(folder: pathlib.Path, preset: str, targets: str) -> None:
+  """Raises unless a folder that is there was made for these presets.
+
+  Raises:
+    ValueError: its source or its plan is of another model.
+  """
+  found = dispatch.open(folder / "source")[0]
+  plan = Plan.load(folder / "plan.json")
+  for name, each, wanted in (
+    ("source", found, preset), ("plan", plan.config, preset), ("plan", plan.small_config(), targets)
+  ):
+    sizes = [(cfg.real_vocabulary, cfg.D, cfg.blocks) for cfg in (each, config.PRESETS[wanted])]
+    if sizes[0] != sizes[1]:
+      raise ValueError(f"--folder={folder}: its {name} is not of {wanted}; give another folder")
+
+
 def _row(name: str, seconds: float, copied: float, memory: float) -> str:
   return f"| {name} | {seconds:.0f} | {seconds / copied:.2f} | {memory:.1f} GB |\n"
 
@@ -86,13 +104,13 @@ def main(argv: Sequence[str]) -> None:
   """Makes the source where it is not there, measures, prints the table and writes it.
 
   Raises:
-    ValueError: a flag is wrong.
+    ValueError: a flag is wrong, or the folder holds a source of another preset.
   """
   values = flags.FlagValues()
   flags.DEFINE_string("folder", None, "Where source and targets go.", flag_values=values)
   flags.DEFINE_string("result", None, "Markdown file to write.", flag_values=values)
-  flags.DEFINE_enum("preset", "nemotron_h_8b", list(PRESETS), "Source.", flag_values=values)
-  flags.DEFINE_enum("targets", "nemotron_h_4b", list(PRESETS), "Cut.", flag_values=values)
+  flags.DEFINE_enum("preset", "nemotron_h_8b", list(config.PRESETS), "Source.", flag_values=values)
+  flags.DEFINE_enum("targets", "nemotron_h_4b", list(config.PRESETS), "Cut.", flag_values=values)
   if not console.parse(values, argv, __doc__):
     return
   if not values.folder:
@@ -104,6 +122,7 @@ def main(argv: Sequence[str]) -> None:
       "", f"--preset={values.preset}", f"--target={source}", f"--plan={plan}",
       f"--targets={values.targets}",
     ])
+  check_source(folder, values.preset, values.targets)
   copied = copy(source, folder / "copy")
   print(f"copied in {copied:.1f} s", flush=True)
   rows = ""

@@ -101,7 +101,7 @@ def test_an_export_that_does_not_come_back_the_same_fails(tmp_path, monkeypatch)
     return cfg, leaves | {"final/norm_gain_D": leaf._replace(read=lambda: leaf.read() * 1.001)}
 
   monkeypatch.setattr(huggingface, "open", other)
-  with pytest.raises(RuntimeError, match="logits read back differ by"):
+  with pytest.raises(RuntimeError, match="leaf 'final/norm_gain_D' of the target differs by"):
     exchange.export(tmp_path, cfg, params, family=None, like=tmp_path / "gone")
   assert not (tmp_path / "export.json").exists()
 
