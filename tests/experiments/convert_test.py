@@ -15,15 +15,7 @@ import pytest
 
 import hybridlm
 from cases import commands, models
-from experiments import (
-  artefacts,
-  bench_convert,
-  comparison,
-  console,
-  conversion,
-  convert,
-  random_checkpoint,
-)
+from experiments import artefacts, comparison, console, conversion, convert, random_checkpoint
 from hybridlm import axes, config, lazy
 from hybridlm.interop import dispatch, folders, huggingface, native
 from hybridlm.prune import cut as cutting
@@ -382,19 +374,3 @@ def test_random_checkpoints_are_equal_for_a_seed_and_cut_by_their_plan(
   assert "targets: no plan cuts" in run(capsys, random_checkpoint, **bad)[2]
   assert "not one of" in run(capsys, random_checkpoint, **{**bad, "preset": "huge"})[2]
   assert not os.path.exists(tmp_path / "d")
-
-
-def test_a_benchmark_refuses_a_source_of_another_preset(capsys, tmp_path, monkeypatch):
-  others = {"other": CFG.replace(D=14), "less": SMALL.replace(D=10)}
-  presets = {**config.PRESETS, "big": CFG, "little": SMALL, **others}
-  monkeypatch.setattr(config, "PRESETS", presets)
-  files = {"target": tmp_path / "source", "plan": tmp_path / "plan.json"}
-  assert run(capsys, random_checkpoint, preset="big", targets="little", **files)[0] == 0
-  bench_convert.check_source(tmp_path, "big", "little")
-  monkeypatch.setattr(bench_convert, "copy", None)
-  for flags, message in (
-    ({"preset": "other", "targets": "little"}, "its source is not of other"),
-    ({"preset": "big", "targets": "less"}, "its plan is not of less"),
-  ):
-    code, _, err = run(capsys, bench_convert, folder=tmp_path, **flags)
-    assert code == 2 and err == f"--folder={tmp_path}: {message}; give another folder\n"

@@ -140,6 +140,8 @@ def test_a_deletion_that_was_cut_short_is_finished_later(tmp_path, monkeypatch, 
     left.pop()
     unlink(path, **options)
 
+  every = pathlib.Path.iterdir
+  monkeypatch.setattr(pathlib.Path, "iterdir", lambda path: iter(sorted(every(path))))
   monkeypatch.setattr(pathlib.Path, "unlink", dying)
   with pytest.raises(SystemExit):
     folders.remove(tmp_path / sibling)
