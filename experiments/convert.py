@@ -4,7 +4,8 @@ python -m experiments.convert --source=FOLDER_OR_FILE --target=FOLDER [--format=
     [--family=NAME] [--plan=plan.json] [--dtype=float32|bfloat16]
 
 Sources: a Hugging Face folder, a folder of ours (the folder `model` of a stage is one), a GGUF
-file. The target takes its name when it is whole and verified; tokenizer files are carried on.
+file. The target takes its name when it is whole and verified; before, it is `NAME.unverified`,
+which does not load while it is verified. Tokenizer files are carried on.
 """
 
 import sys
