@@ -166,7 +166,7 @@ MISTAKES = {
   "a teacher that is a list": (["--config.teacher.path=list"], ["list/model.json"]),
   "a truncated teacher": (["--config.teacher.path=truncated"], ["truncated/model.safetensors"]),
   "a teacher whose weights are not finite": (
-    ["--config.teacher.path=nan/model"], ["nan/model", "embed/w_embed_VD", "not finite"]),
+    ["--config.teacher.path=nan/model"], ["nan/model", "embed/w_embed_VD", "must be finite"]),
   "a teacher in a package that is not there": (
     ["--config.teacher.path=package:gone/x.gguf"], ["package:gone/x.gguf", "not installed"]),
   "a teacher that is no model": (["--config.teacher.path=empty"], ["empty", "config.json"]),
