@@ -65,7 +65,7 @@ def require() -> None:
     ValueError: it is not installed.
   """
   if importlib.util.find_spec("lm_eval") is None:
-    raise ValueError("--tasks needs the lm-evaluation-harness: pip install 'hybridlm[lm_eval]'")
+    raise ValueError("--tasks needs the lm-evaluation-harness: pip install 'hybridlm[harness]'")
   for name in _OFFLINE:
     os.environ.setdefault(name, "1")
 

@@ -1,6 +1,6 @@
 """The adapter to the lm-evaluation-harness: its requests, answered by a model's functions.
 
-Importing this module needs the extra `lm_eval`; nothing here needs torch.
+Importing this module needs the extra `harness`; nothing here needs torch.
 """
 
 import difflib

@@ -201,7 +201,7 @@ def test_a_tokenizer_of_a_folder_keeps_its_special_tokens_and_templates(place, t
 def test_tasks_without_the_harness_say_what_to_install(place, monkeypatch, capsys):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   assert run(place, monkeypatch, "--model=model", "--tasks=x") == 2
-  assert "pip install 'hybridlm[lm_eval]'" in capsys.readouterr().err
+  assert "pip install 'hybridlm[harness]'" in capsys.readouterr().err
 
 
 QUESTIONS = (
