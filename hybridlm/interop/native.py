@@ -19,13 +19,6 @@ FILE = "model.json"
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 
 
-def holds(folder: str | os.PathLike) -> bool:
-  """Returns whether a path is a folder of this kind, by its `model.json` and its weights."""
-  folder = pathlib.Path(folder)
-  weights = (folder / safetensors.SINGLE, folder / safetensors.INDEX)
-  return (folder / FILE).is_file() and any(path.is_file() for path in weights)
-
-
 def read_config(folder: str | os.PathLike) -> ModelConfig:
   """Returns the config a folder holds.
 

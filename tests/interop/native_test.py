@@ -36,7 +36,6 @@ def test_a_model_written_and_opened_is_the_same_bit_for_bit(tmp_path, variant):
   params = models.params(cfg)
   params["blocks"]["01"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["blocks"]["01"])
   native.write(tmp_path / "m", cfg, lazy.of(params))
-  assert native.holds(tmp_path / "m") and not native.holds(tmp_path)
   found, leaves = native.open(tmp_path / "m")
   assert found == cfg and list(leaves) == [path for path, _ in axes.leaves(params)]
   for path, leaf in axes.leaves(params):
