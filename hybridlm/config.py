@@ -27,7 +27,7 @@ NORMS = ("rmsnorm", "layernorm1p")
 REMATS = ("none", "block")
 DTYPES = ("float32", "bfloat16")
 # Implementations that `ops` knows by these names, and its scan's default chunk off a CPU.
-SCANS = ("reference", "chunked")
+SCANS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 ATTENTIONS = ("xla", "cudnn", "splash")
 CHUNK = 128
 

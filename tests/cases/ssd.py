@@ -1,6 +1,7 @@
 """Inputs of the scan, and the scan in float64 numpy: shared by tests and benchmarks."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ class Case:
   state: str = "zero"
   dtype: str = "float32"
   decay: float = 1.0
+  skip: bool = False
   seed: int = 0
 
 
@@ -27,11 +29,11 @@ CASES = {
   "one_group": Case(G=1, seed=1),
   "whole_chunks": Case(L=32, seed=2),
   "one_token": Case(L=1, state="random", seed=3),
-  "given_state": Case(state="random", seed=4),
-  "rare_resets": Case(resets=0.08, state="random", seed=5),
+  "given_state": Case(state="random", skip=True, seed=4),
+  "rare_resets": Case(resets=0.08, state="random", skip=True, seed=5),
   "resets_at_most_tokens": Case(resets=0.6, state="random", seed=6),
   "steep_decay": Case(resets=0.08, state="random", decay=30.0, seed=7),
-  "bfloat16": Case(resets=0.08, state="random", dtype="bfloat16", seed=8),
+  "bfloat16": Case(resets=0.08, state="random", dtype="bfloat16", skip=True, seed=8),
 }
 # Several chunks, the last one ragged; and as few as there may be.
 CHUNKS = (8, 64)
@@ -54,6 +56,7 @@ def make(case: Case) -> dict:
     "a_GH": -case.decay * rng.uniform(0.1, 2, (case.G, H)).astype(np.float32),
     "b_BLGN": cast(normal(*shape, N)),
     "c_BLGN": cast(normal(*shape, N)),
+    "skip_GH": None,
     "segment_BL": None,
     "state_BGHPN": None,
   }
@@ -63,10 +66,22 @@ def make(case: Case) -> dict:
     arguments["segment_BL"] = (np.cumsum(steps_BL, axis=1) % 3).astype(np.int32)
   if case.state == "random":
     arguments["state_BGHPN"] = normal(B, case.G, H, P, N)
+  if case.skip:
+    arguments["skip_GH"] = normal(case.G, H)
   return arguments
 
 
-def recurrence(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, segment_BL=None, state_BGHPN=None):
+def rounding(*sizes: int) -> float:
+  """Returns the share of the largest entry that float32 may lose in sums over axes of these sizes.
+
+  Rounding errors add up like a random walk: with the root of the number of terms.
+  """
+  return 2 * float(np.finfo(np.float32).eps) * math.sqrt(math.prod(sizes))
+
+
+def recurrence(
+  x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, skip_GH=None, segment_BL=None, state_BGHPN=None
+):
   """Returns y and the last state in float64, one row, token and head at a time."""
   arrays = [np.asarray(v, np.float64) for v in (x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN)]
   x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN = arrays
@@ -84,4 +99,6 @@ def recurrence(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, segment_BL=None, state_BG
       state_PN *= np.exp(dt * a_GH[g, h])
       state_PN += dt * np.outer(x_BLGHP[row, t, g, h], b_BLGN[row, t, g])
       y_BLGHP[row, t, g, h] = state_PN @ c_BLGN[row, t, g]
+  if skip_GH is not None:
+    y_BLGHP += np.asarray(skip_GH, np.float64)[..., None] * x_BLGHP
   return y_BLGHP, last_BGHPN

@@ -1,11 +1,18 @@
 """The one door to the scan: checks shapes, then runs the implementation that is asked for."""
 
+import functools
+import importlib
+from collections.abc import Mapping
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridlm.ops.ssd import reference, vjp
+from hybridlm.ops.ssd import chunked, place, reference, vjp
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+CHUNKED = vjp.Passes(chunked.forward, chunked.backward, chunked.LEAST_CHUNKS)
 # On CPU 32 beat 16, 64 and 128 at every shape tried; elsewhere the published models' own length.
 CPU_CHUNK, ACCELERATOR_CHUNK = 32, 128
 
@@ -17,40 +24,84 @@ def ssd(
   b_BLGN: Float[Array, "B L G N"],
   c_BLGN: Float[Array, "B L G N"],
   *,
+  skip_GH: Float[Array, "G H"] | None = None,
   segment_BL: Int[Array, "B L"] | None = None,
   state_BGHPN: Float[Array, "B G H P N"] | None = None,
   impl: str | None = None,
   chunk: int | None = None,
+  mesh_axes: Mapping[str, str] = place.MESH_AXES,
 ) -> tuple[Float[Array, "B L G H P"], Float[Array, "B G H P N"]]:
   """Returns y_BLGHP in x's dtype and the float32 state after the last token.
 
-  Per head: state <- exp(dt a) state + dt x B^T, y = state C; B and C are shared by the heads of
-  a group. `dt_BLGH` is after softplus, `a_GH` negative; the D skip is the caller's.
+  Per head: state <- exp(dt a) state + dt x B^T, y = state C + skip x; B and C are shared by the
+  heads of a group. `dt_BLGH` is after softplus, `a_GH` negative, `skip_GH` zero by default.
   The state starts from `state_BGHPN` (zeros by default), which position 0 continues, and is
   dropped wherever `segment_BL` differs from the position before.
-  `impl` names an implementation ("reference", "chunked"), which runs or raises; None takes
-  "chunked". `chunk` is its length in tokens; None takes its default.
-  Raises ValueError for an unknown name, sizes that disagree, L = 0 and a chunk below 1.
+  `impl` names an implementation, which runs or raises: "reference" (the recurrence), "chunked"
+  (any platform), "pallas_tpu", "pallas_gpu" (Hopper). None takes "chunked": a kernel that was
+  never run on a device is not picked unasked. `chunk` is its length in tokens; None takes its
+  default. Under a mesh with axes `mesh_axes` (letter -> axis) a kernel runs on each device's own
+  rows and groups.
+  Raises ValueError for an unknown name, sizes that disagree, L = 0, a chunk below 1, dtypes that
+  are not floats or not of one kind, and for sizes or a platform that the named kernel cannot run.
   Source: Mamba-2 (arXiv 2405.21060), sections 5 and 6.
   """
   name = "chunked" if impl is None else impl
   if name not in IMPLEMENTATIONS:
     raise ValueError(f"ssd implementation {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-  _check_shapes(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, segment_BL, state_BGHPN)
+  _check_shapes(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, skip_GH, segment_BL, state_BGHPN)
+  _check_dtypes(x_BLGHP, dt_BLGH, b_BLGN, c_BLGN, name)
   if chunk is not None and chunk < 1:
     raise ValueError(f"chunk {chunk} is below 1 token in ssd")
   if chunk is not None and name == "reference":
     raise ValueError(f"chunk {chunk} has no meaning for the ssd implementation 'reference'")
-  arrays = (x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN)
-  options = {"segment_BL": segment_BL, "state_BGHPN": state_BGHPN}
+  arrays = {"x_BLGHP": x_BLGHP, "dt_BLGH": dt_BLGH, "a_GH": a_GH, "b_BLGN": b_BLGN,
+            "c_BLGN": c_BLGN, "skip_GH": skip_GH, "segment_BL": segment_BL,
+            "state_BGHPN": state_BGHPN}
   if name == "reference":
-    return reference.ssd(*arrays, **options)
+    return reference.ssd(**arrays)
+  if name == "chunked":
+    if chunk is None:
+      chunk = CPU_CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
+    return vjp.ssd(**arrays, passes=CHUNKED, chunk=chunk)
+  return _kernel(name, arrays, chunk, mesh_axes)
+
+
+def _kernel(name, arrays, chunk, mesh_axes):
+  """Returns what a kernel makes, on each device's rows and groups; refuses what it cannot run."""
+  # Only who asks for a kernel pays for importing its compiler.
+  module = importlib.import_module(f"hybridlm.ops.ssd.{name}")
+  x_BLGHP, b_BLGN = arrays["x_BLGHP"], arrays["b_BLGN"]
+  G, H, P, N = *x_BLGHP.shape[2:], b_BLGN.shape[3]
   if chunk is None:
-    chunk = CPU_CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
-  return vjp.ssd(*arrays, **options, chunk=chunk)
+    chunk = module.default_chunk(G, H, P, N, x_BLGHP.dtype)
+  reason = module.refusal(x_BLGHP, b_BLGN, chunk=chunk)
+  if reason is not None:
+    raise ValueError(reason)
+  x_BLGHP = place.only_on(x_BLGHP, platform=PLATFORMS[name], name=name)
+  scan = functools.partial(
+    vjp.ssd, passes=vjp.Passes(module.forward, module.backward), chunk=chunk
+  )
+  outputs = ("y_BLGHP", "state_BGHPN")
+  return place.over_mesh(scan, arrays | {"x_BLGHP": x_BLGHP}, outputs, mesh_axes)
 
 
-def _check_shapes(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, segment_BL, state_BGHPN):
+def _check_dtypes(x_BLGHP, dt_BLGH, b_BLGN, c_BLGN, name):
+  """Raises ValueError naming the first array whose dtype the scan does not take."""
+  named = {"x_BLGHP": x_BLGHP, "dt_BLGH": dt_BLGH, "b_BLGN": b_BLGN, "c_BLGN": c_BLGN}
+  for label, array in named.items():
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"{label} has dtype {array.dtype}, which is no float, in ssd {name!r}")
+  for label in ("b_BLGN", "c_BLGN"):
+    if named[label].dtype != x_BLGHP.dtype:
+      raise ValueError(
+        f"{label} has dtype {named[label].dtype}, but x_BLGHP {x_BLGHP.dtype}, in ssd {name!r}"
+      )
+
+
+def _check_shapes(
+  x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, skip_GH, segment_BL, state_BGHPN
+):
   """Raises ValueError naming the first array whose shape does not follow x's and B's sizes."""
   if x_BLGHP.ndim != 5 or b_BLGN.ndim != 4:
     raise ValueError(f"x {x_BLGHP.shape} must have axes BLGHP and b {b_BLGN.shape} BLGN in ssd")
@@ -63,6 +114,7 @@ def _check_shapes(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, segment_BL, state_BGHP
     "a_GH": (a_GH, (G, H)),
     "b_BLGN": (b_BLGN, (B, L, G, N)),
     "c_BLGN": (c_BLGN, (B, L, G, N)),
+    "skip_GH": (skip_GH, (G, H)),
     "segment_BL": (segment_BL, (B, L)),
     "state_BGHPN": (state_BGHPN, (B, G, H, P, N)),
   }

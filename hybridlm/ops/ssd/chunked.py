@@ -2,7 +2,8 @@
 
 Forward and backward are written out, so that a chunk's Q x Q products are made again instead of
 kept: memory holds the arguments, y and one state a chunk. Everything runs in the dtype of the
-state. Only plain products read slices of the arguments: XLA on CPU fuses a slice into its reader,
+state. At least two chunks: a loop of one is inlined, and jaxlib 0.10.2 on CPU then reads memory
+it never wrote when a product with the state's constant zeros is fused into a sum. Only plain products read slices of the arguments: XLA on CPU fuses a slice into its reader,
 and exp over such a slice ran six times slower. Groups stand before positions, as batched products
 want them: leaving that order to XLA cost an eighth of the time.
 Source: Mamba-2 (arXiv 2405.21060), section 6, the block decomposition.
@@ -13,6 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+LEAST_CHUNKS = 2
+# Stands in for dt = 0, so that x_bar x / dt, a cotangent of dt, is right there too.
+TINY = 1e-30
 
 
 class Decay(NamedTuple):
@@ -31,16 +36,17 @@ def forward(
   a_GH: Float[Array, "G H"],
   b_BLGN: Float[Array, "B L G N"],
   c_BLGN: Float[Array, "B L G N"],
-  fresh_BL: Bool[Array, "B L"],
+  skip_GH: Float[Array, "G H"],
+  fresh_BL: Bool[Array, "B L"] | None,
   state_BGHPN: Float[Array, "B G H P N"],
   *,
   chunk: int,
-) -> tuple[
-  Float[Array, "B L G H P"], Float[Array, "B G H P N"], Float[Array, "C B G H P N"]
-]:
-  """Returns y, the state after the last token and the states before every chunk.
+  keep: bool,
+) -> tuple[Float[Array, "B L G H P"], Float[Array, "B G H P N"], tuple[Array, ...]]:
+  """Returns y in x's dtype, the state after the last token and, to keep, what `backward` wants.
 
-  L is a multiple of `chunk`; the state is dropped before tokens where `fresh_BL`.
+  L is a multiple of `chunk`; the state is dropped before tokens where `fresh_BL`. Kept are y
+  without the skip, in the state's dtype, and the states before every chunk.
   """
   dtype = state_BGHPN.dtype
 
@@ -53,17 +59,20 @@ def forward(
     inner_BGHQP = _dot("bghqs,bghsp->bghqp", mix_BGHQS, jnp.swapaxes(x_BGQHP, 2, 3))
     outer_BGQHP = _dot("bgqn,bghpn->bgqhp", c_BGQN, state_BGHPN) * _spread(decay.first_BGHQ)
     y_BLGHP = _put(y_BLGHP, jnp.swapaxes(inner_BGHQP, 2, 3) + outer_BGQHP, i)
-    state_CBGHPN = jax.lax.dynamic_update_index_in_dim(state_CBGHPN, state_BGHPN, i, 0)
+    if keep:
+      state_CBGHPN = jax.lax.dynamic_update_index_in_dim(state_CBGHPN, state_BGHPN, i, 0)
     added_BGHPN = _dot("bgqhp,bgqn->bghpn", x_BGQHP * _spread(decay.last_BGHQ), b_BGQN)
     state_BGHPN = state_BGHPN * decay.whole_BGH[..., None, None] + added_BGHPN
     return state_BGHPN, y_BLGHP, state_CBGHPN
 
   chunks = x_BLGHP.shape[1] // chunk
   y_BLGHP = jnp.zeros(x_BLGHP.shape, dtype)
-  state_CBGHPN = jnp.zeros((chunks, *state_BGHPN.shape), dtype)
+  state_CBGHPN = jnp.zeros((chunks if keep else 0, *state_BGHPN.shape), dtype)
   carry = (state_BGHPN, y_BLGHP, state_CBGHPN)
   state_BGHPN, y_BLGHP, state_CBGHPN = jax.lax.fori_loop(0, chunks, step, carry)
-  return y_BLGHP, state_BGHPN, state_CBGHPN
+  skipped_BLGHP = y_BLGHP + skip_GH[..., None] * x_BLGHP.astype(dtype)
+  kept = (y_BLGHP, state_CBGHPN) if keep else ()
+  return skipped_BLGHP.astype(x_BLGHP.dtype), state_BGHPN, kept
 
 
 def backward(
@@ -72,23 +81,26 @@ def backward(
   a_GH: Float[Array, "G H"],
   b_BLGN: Float[Array, "B L G N"],
   c_BLGN: Float[Array, "B L G N"],
-  fresh_BL: Bool[Array, "B L"],
-  y_BLGHP: Float[Array, "B L G H P"],
-  state_CBGHPN: Float[Array, "C B G H P N"],
+  skip_GH: Float[Array, "G H"],
+  fresh_BL: Bool[Array, "B L"] | None,
+  kept: tuple[Float[Array, "B L G H P"], Float[Array, "C B G H P N"]],
   y_bar_BLGHP: Float[Array, "B L G H P"],
   state_bar_BGHPN: Float[Array, "B G H P N"],
   *,
   chunk: int,
 ) -> tuple[
   Float[Array, "B L G H P"], Float[Array, "B L G H"], Float[Array, "G H"],
-  Float[Array, "B L G N"], Float[Array, "B L G N"], Float[Array, "B G H P N"],
+  Float[Array, "B L G N"], Float[Array, "B L G N"], Float[Array, "G H"],
+  Float[Array, "B G H P N"],
 ]:
-  """Returns the cotangents of x, dt, a, b, c and the first state; `dt_BLGH` has no zeros.
+  """Returns the cotangents of x, dt, a, b, c, skip and the first state.
 
   Those of dt and a need no Q x Q sums: the logarithm of the decay up to a position scales y there
   and, inversely, x, so its cotangent is y_bar y - x_bar x, plus state_bar state after the chunk.
   """
+  y_BLGHP, state_CBGHPN = kept
   dtype = state_CBGHPN.dtype
+  dt_BLGH = jnp.where(dt_BLGH == 0, TINY, dt_BLGH)
 
   def step(k, carry):
     state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, end_CBGH = carry
@@ -124,22 +136,26 @@ def backward(
   state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, end_CBGH = jax.lax.fori_loop(
     0, state_CBGHPN.shape[0], step, carry
   )
-  share_BLGH = jnp.sum(x_BLGHP * x_bar_BLGHP, axis=-1)
+  wide_BLGHP, y_bar_BLGHP = x_BLGHP.astype(dtype), y_bar_BLGHP.astype(dtype)
+  share_BLGH = jnp.sum(wide_BLGHP * x_bar_BLGHP, axis=-1)
   sum_bar_BLGH = jnp.sum(y_bar_BLGHP * y_BLGHP, axis=-1) - share_BLGH
   log_bar_BLGH = _sum_later(sum_bar_BLGH, end_CBGH)
   dt_bar_BLGH = log_bar_BLGH * a_GH + share_BLGH / dt_BLGH
   a_bar_GH = jnp.sum(log_bar_BLGH * dt_BLGH, axis=(0, 1))
-  return x_bar_BLGHP, dt_bar_BLGH, a_bar_GH, b_bar_BLGN, c_bar_BLGN, state_bar_BGHPN
+  skip_bar_GH = jnp.sum(y_bar_BLGHP * wide_BLGHP, axis=(0, 1, 4))
+  x_bar_BLGHP += skip_GH[..., None] * y_bar_BLGHP
+  return x_bar_BLGHP, dt_bar_BLGH, a_bar_GH, b_bar_BLGN, c_bar_BLGN, skip_bar_GH, state_bar_BGHPN
 
 
 def _decay(dt_BLGH, a_GH, fresh_BL, i, chunk) -> Decay:
   """Returns the decays of chunk `i`."""
   dtype = a_GH.dtype
-  dt_BQGH, fresh_BQ = (
-    jax.lax.dynamic_slice_in_dim(v_BL, i * chunk, chunk, axis=1).astype(dtype)
-    for v_BL in (dt_BLGH, fresh_BL)
-  )
+  dt_BQGH = jax.lax.dynamic_slice_in_dim(dt_BLGH, i * chunk, chunk, axis=1)
   B, Q, G, H = dt_BQGH.shape
+  if fresh_BL is None:
+    fresh_BQ = jnp.zeros((B, Q), dtype)
+  else:
+    fresh_BQ = jax.lax.dynamic_slice_in_dim(fresh_BL, i * chunk, chunk, axis=1).astype(dtype)
   upto_SQ = jnp.triu(jnp.ones((Q, Q), dtype))
   # One product sums decays and resets and, by an identity, copies dt out of its array.
   rows = [(dt_BQGH * a_GH).reshape(B, Q, G * H), dt_BQGH.reshape(B, Q, G * H), fresh_BQ[..., None]]

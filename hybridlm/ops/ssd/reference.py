@@ -12,12 +12,13 @@ def ssd(
   b_BLGN: Float[Array, "B L G N"],
   c_BLGN: Float[Array, "B L G N"],
   *,
+  skip_GH: Float[Array, "G H"] | None = None,
   segment_BL: Int[Array, "B L"] | None = None,
   state_BGHPN: Float[Array, "B G H P N"] | None = None,
 ) -> tuple[Float[Array, "B L G H P"], Float[Array, "B G H P N"]]:
   """Returns y_BLGHP in x's dtype and the float32 state after the last token.
 
-  state <- exp(dt a) state + dt x B^T, y = state C, in float32 (float64 when x is float64).
+  state <- exp(dt a) state + dt x B^T, y = state C + skip x, in float32 (float64 when x is float64).
   `dt_BLGH` is after softplus, `a_GH` negative. The state starts from `state_BGHPN` (zeros by
   default) and is dropped before every token whose segment differs from the one before it.
   Source: Mamba-2 (arXiv 2405.21060), equation 1 with the scalar-identity A of section 5.
@@ -41,4 +42,7 @@ def ssd(
   arrays = [jnp.moveaxis(v.astype(dtype), 1, 0) for v in (x_BLGHP, dt_BLGH, b_BLGN, c_BLGN)]
   tokens = (*arrays, fresh_BL.T)
   state_BGHPN, y_LBGHP = jax.lax.scan(step, state_BGHPN.astype(dtype), tokens)
-  return jnp.moveaxis(y_LBGHP, 0, 1).astype(x_BLGHP.dtype), state_BGHPN
+  y_BLGHP = jnp.moveaxis(y_LBGHP, 0, 1)
+  if skip_GH is not None:
+    y_BLGHP += skip_GH.astype(dtype)[..., None] * x_BLGHP.astype(dtype)
+  return y_BLGHP.astype(x_BLGHP.dtype), state_BGHPN

@@ -14,6 +14,9 @@ from cases import ssd as cases
 from hybridlm.ops.ssd import api
 
 FLOAT32 = [name for name, case in cases.CASES.items() if case.dtype == "float32"]
+# What float32 loses: values are sums over positions and states, gradients over channels too.
+VALUES = cases.rounding(cases.L, cases.N)
+GRADIENTS = cases.rounding(cases.L, cases.N, cases.H, cases.P)
 WAYS = [("reference", None), ("chunked", 8), (None, None)]
 
 
@@ -71,8 +74,8 @@ def test_the_scan_agrees_with_a_recurrence_in_float64(name, way):
   y_BLGHP, state_BGHPN = run(arguments, impl=way[0], chunk=way[1])
   want_y, want_state = cases.recurrence(**arguments)
   assert y_BLGHP.dtype == state_BGHPN.dtype == jnp.float32
-  close(y_BLGHP, want_y, 3e-6)
-  close(state_BGHPN, want_state, 3e-6)
+  close(y_BLGHP, want_y, VALUES)
+  close(state_BGHPN, want_state, VALUES)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_gradients_of_the_chunked_scan_are_those_of_the_reference(name, chunk):
       size = np.sum(np.abs(want["x_BLGHP"] * arguments["x_BLGHP"]).sum(-1) * arguments["dt_BLGH"])
       np.testing.assert_allclose(got[leaf], want[leaf], rtol=0, atol=1e-6 * size)
     else:
-      close(got[leaf], want[leaf], 2e-5)
+      close(got[leaf], want[leaf], GRADIENTS)
 
 
 def test_a_scan_of_one_chunk_reads_only_what_was_written():
@@ -98,7 +101,7 @@ def test_a_scan_of_one_chunk_reads_only_what_was_written():
     jax.block_until_ready(jnp.full(size, 7e30) * 2)
     got = gradients(arguments, impl="chunked", chunk=64)
     for leaf in want:
-      close(got[leaf], want[leaf], 2e-5)
+      close(got[leaf], want[leaf], GRADIENTS)
 
 
 def test_gradients_of_the_reference_are_the_slopes_of_the_float64_recurrence():
@@ -127,7 +130,7 @@ def test_bfloat16_inputs_lose_only_the_rounding_of_inputs_and_results():
     y_BLGHP, state_BGHPN = run(arguments, impl=way[0], chunk=way[1])
     assert (y_BLGHP.dtype, state_BGHPN.dtype) == (jnp.bfloat16, jnp.float32)
     close(y_BLGHP, want_y, 2**-8)
-    close(state_BGHPN, want_state, 3e-6)
+    close(state_BGHPN, want_state, VALUES)
     got = gradients(arguments, impl=way[0], chunk=way[1])
     for name, leaf in got.items():
       assert leaf.dtype == arguments[name].dtype
@@ -140,7 +143,7 @@ def test_the_scan_runs_in_float64_when_its_inputs_do():
     case = cases.make(cases.CASES["rare_resets"])
     arguments = {k: v if k == "segment_BL" else np.float64(v) for k, v in case.items()}
     want_y, want_state = cases.recurrence(**arguments)
-    for impl in api.IMPLEMENTATIONS:
+    for impl in ("reference", "chunked"):
       y_BLGHP, state_BGHPN = run(arguments, impl=impl)
       close(y_BLGHP, want_y, 1e-13)
       close(state_BGHPN, want_state, 1e-13)
@@ -162,8 +165,8 @@ def test_a_scan_in_two_halves_is_the_scan_in_one(cut, way):
 
   first_BLGHP, middle_BGHPN = part(slice(cut), arguments["state_BGHPN"])
   second_BLGHP, last_BGHPN = part(slice(cut, None), middle_BGHPN)
-  close(np.concatenate([first_BLGHP, second_BLGHP], axis=1), y_BLGHP, 3e-6)
-  close(last_BGHPN, state_BGHPN, 3e-6)
+  close(np.concatenate([first_BLGHP, second_BLGHP], axis=1), y_BLGHP, VALUES)
+  close(last_BGHPN, state_BGHPN, VALUES)
 
 
 @pytest.mark.parametrize("way", [("reference", None), ("chunked", 8)], ids=str)
@@ -200,8 +203,8 @@ def test_packed_documents_give_what_each_gives_alone(way):
     names = ("x_BLGHP", "dt_BLGH", "b_BLGN", "c_BLGN")
     alone = arguments | {name: arguments[name][:, start:stop] for name in names}
     want_BLGHP, last_BGHPN = run(alone, **options)
-    close(y_BLGHP[:, start:stop], want_BLGHP, 3e-6)
-  close(state_BGHPN, last_BGHPN, 3e-6)
+    close(y_BLGHP[:, start:stop], want_BLGHP, VALUES)
+  close(state_BGHPN, last_BGHPN, VALUES)
 
 
 @pytest.mark.parametrize("way", [("reference", None), ("chunked", 8)], ids=str)
@@ -211,7 +214,7 @@ def test_a_step_of_zero_leaves_the_state_and_has_the_right_slope(way):
   y_BLGHP, state_BGHPN = run(arguments, impl=way[0], chunk=way[1])
   early = {k: v[:, :5] for k, v in arguments.items() if k in ("x_BLGHP", "dt_BLGH", "b_BLGN")}
   early["c_BLGN"] = arguments["c_BLGN"][:, :5]
-  close(state_BGHPN, run(arguments | early, impl="reference")[1], 3e-6)
+  close(state_BGHPN, run(arguments | early, impl="reference")[1], VALUES)
   got = gradients(arguments, impl=way[0], chunk=way[1])["dt_BLGH"]
   weight_BLGHP, weight_BGHPN = probe(arguments)
   moved = arguments | {"dt_BLGH": arguments["dt_BLGH"].astype(np.float64)}
@@ -258,7 +261,7 @@ def test_the_chunked_scan_never_expands_groups_to_heads_or_chunks_to_the_sequenc
 
 
 BAD = {
-  "name": ({"impl": "fast"}, "ssd implementation 'fast' is not one of reference, chunked"),
+  "name": ({"impl": "fast"}, "ssd implementation 'fast' is not one of reference, chunked, pallas"),
   "chunk": ({"chunk": 0}, "chunk 0 is below 1 token"),
   "reference chunk": ({"impl": "reference", "chunk": 4}, "chunk 4 has no meaning"),
   "heads": ({"dt_BLGH": np.ones((3, 37, 2, 5))}, r"dt_BLGH has shape \(3, 37, 2, 5\)"),

@@ -1,0 +1,83 @@
+"""Where a kernel may run: the platform it was written for, and its own part of a mesh."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+from jax.extend import core
+from jax.interpreters import batching, mlir
+from jax.sharding import AxisType, PartitionSpec
+
+# Letter -> mesh axis, where a mesh in force has it: rows and groups of a scan are independent.
+MESH_AXES: Mapping[str, str] = {"B": "data", "G": "model"}
+
+_only_on = core.Primitive("only_on")
+_only_on.def_abstract_eval(lambda x, *, platform, name: x)
+batching.defvectorized(_only_on)
+
+
+def _lower(context, x, *, platform, name):
+  platforms = context.platforms or context.module_context.platforms
+  others = sorted(set(platforms) - {platform})
+  if others:
+    raise ValueError(f"ssd implementation {name!r} runs on {platform}, not on {others[0]}")
+  return [x]
+
+
+mlir.register_lowering(_only_on, _lower)
+
+
+def only_on(x: jax.Array, *, platform: str, name: str) -> jax.Array:
+  """Returns `x`; a program that holds this refuses to be lowered for another platform.
+
+  So a program for a platform that is not here can be compiled ahead of time, and one for this
+  machine is refused before it runs. `name` is the implementation that the error names.
+  """
+  return jax.jit(lambda x: _only_on.bind(x, platform=platform, name=name))(x)
+
+
+def free_axes(mesh_axes: Mapping[str, str]) -> dict[str, str]:
+  """Returns letter -> axis of the mesh in force that XLA, and not the caller, divides work over."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return {}
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  return {
+    letter: name for letter, name in mesh_axes.items()
+    if kinds.get(name, AxisType.Manual) != AxisType.Manual
+  }
+
+
+def over_mesh(
+  scan: Callable, arrays: Mapping[str, jax.Array | None], outputs: tuple[str, ...],
+  mesh_axes: Mapping[str, str],
+) -> tuple[jax.Array, ...]:
+  """Returns `scan(**arrays)` with every device of the mesh in force on its own rows and groups.
+
+  The names of `arrays` and `outputs` end in axis letters. Without a mesh, or inside `shard_map`,
+  where the arrays are a device's own already, it is a plain call.
+  Raises ValueError for a size that its mesh axis does not divide.
+  """
+  given = {name: v for name, v in arrays.items() if v is not None}
+  where = free_axes(mesh_axes)
+  if not where:
+    return scan(**given)
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def spec(name):
+    return PartitionSpec(*(where.get(letter) for letter in name.rpartition("_")[2]))
+
+  for name, v in given.items():
+    for letter, size in zip(name.rpartition("_")[2], v.shape, strict=True):
+      if letter in where and size % mesh.shape[where[letter]]:
+        raise ValueError(
+          f"{name}: {letter}={size} is not a multiple of mesh axis "
+          f"{where[letter]}={mesh.shape[where[letter]]} in ssd"
+        )
+  mapped = jax.shard_map(
+    lambda given: scan(**given),
+    in_specs=({name: spec(name) for name in given},),
+    out_specs=tuple(spec(name) for name in outputs),
+    axis_names=set(where.values()),
+    check_vma=False,
+  )
+  return mapped(given)
