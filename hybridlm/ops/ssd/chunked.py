@@ -2,10 +2,11 @@
 
 Forward and backward are written out, so that a chunk's Q x Q products are made again instead of
 kept: memory holds the arguments, y and one state a chunk. Everything runs in the dtype of the
-state. At least two chunks: a loop of one is inlined, and jaxlib 0.10.2 on CPU then reads memory
-it never wrote when a product with the state's constant zeros is fused into a sum. Only plain products read slices of the arguments: XLA on CPU fuses a slice into its reader,
+state. Only plain products read slices of the arguments: XLA on CPU fuses a slice into its reader,
 and exp over such a slice ran six times slower. Groups stand before positions, as batched products
 want them: leaving that order to XLA cost an eighth of the time.
+There are two chunks or more: a loop of one is inlined, and jaxlib 0.10.2 on CPU then reads memory
+it never wrote when a product with the state's constant zeros is fused into a sum.
 Source: Mamba-2 (arXiv 2405.21060), section 6, the block decomposition.
 """
 
