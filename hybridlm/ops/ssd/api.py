@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridlm.ops.ssd import chunked, place, reference, vjp
+from hybridlm.ops.ssd import chunked, place, reference, sharded, vjp
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
@@ -40,8 +40,9 @@ def ssd(
   `impl` names an implementation, which runs or raises: "reference" (the recurrence), "chunked"
   (any platform), "pallas_tpu", "pallas_gpu" (Hopper). None takes "chunked": a kernel that was
   never run on a device is not picked unasked. `chunk` is its length in tokens; None takes its
-  default. Under a mesh with axes `mesh_axes` (letter -> axis) a kernel runs on each device's own
-  rows and groups.
+  default. Under a mesh (`jax.set_mesh`) with axes named in `mesh_axes` (letter -> axis) a kernel
+  runs on each device's own rows (B) and groups (G), and with an axis for L every implementation
+  but the reference runs on its own positions, see `sharded`.
   Raises ValueError for an unknown name, sizes that disagree, L = 0, a chunk below 1, dtypes that
   are not floats or not of one kind, and for sizes or a platform that the named kernel cannot run.
   Source: Mamba-2 (arXiv 2405.21060), sections 5 and 6.
@@ -63,8 +64,19 @@ def ssd(
   if name == "chunked":
     if chunk is None:
       chunk = CPU_CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
-    return vjp.ssd(**arrays, passes=CHUNKED, chunk=chunk)
+    scan = functools.partial(vjp.ssd, passes=CHUNKED, chunk=chunk)
+    if "L" not in place.free_axes(mesh_axes):
+      return scan(**arrays)  # XLA divides rows and groups by itself
+    return _over_mesh(scan, arrays, mesh_axes)
   return _kernel(name, arrays, chunk, mesh_axes)
+
+
+def _over_mesh(scan, arrays, mesh_axes):
+  """Returns y and the state of `scan` on every device's own part of the mesh in force."""
+  axis = place.free_axes(mesh_axes).get("L")
+  if axis is not None:
+    scan = functools.partial(sharded.ssd, axis=axis, scan=scan)
+  return place.over_mesh(scan, arrays, ("y_BLGHP", "state_BGHPN"), mesh_axes)
 
 
 def _kernel(name, arrays, chunk, mesh_axes):
@@ -82,8 +94,7 @@ def _kernel(name, arrays, chunk, mesh_axes):
   scan = functools.partial(
     vjp.ssd, passes=vjp.Passes(module.forward, module.backward), chunk=chunk
   )
-  outputs = ("y_BLGHP", "state_BGHPN")
-  return place.over_mesh(scan, arrays | {"x_BLGHP": x_BLGHP}, outputs, mesh_axes)
+  return _over_mesh(scan, arrays | {"x_BLGHP": x_BLGHP}, mesh_axes)
 
 
 def _check_dtypes(x_BLGHP, dt_BLGH, b_BLGN, c_BLGN, name):

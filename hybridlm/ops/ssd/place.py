@@ -7,8 +7,8 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 
-# Letter -> mesh axis, where a mesh in force has it: rows and groups of a scan are independent.
-MESH_AXES: Mapping[str, str] = {"B": "data", "G": "model"}
+# Letter -> mesh axis, where a mesh in force has it. Rows and groups of a scan are independent.
+MESH_AXES: Mapping[str, str] = {"B": "data", "L": "sequence", "G": "model"}
 
 _only_on = core.Primitive("only_on")
 _only_on.def_abstract_eval(lambda x, *, platform, name: x)
@@ -51,7 +51,7 @@ def over_mesh(
   scan: Callable, arrays: Mapping[str, jax.Array | None], outputs: tuple[str, ...],
   mesh_axes: Mapping[str, str],
 ) -> tuple[jax.Array, ...]:
-  """Returns `scan(**arrays)` with every device of the mesh in force on its own rows and groups.
+  """Returns `scan(**arrays)` with every device of the mesh in force on its own part.
 
   The names of `arrays` and `outputs` end in axis letters. Without a mesh, or inside `shard_map`,
   where the arrays are a device's own already, it is a plain call.
