@@ -102,11 +102,12 @@ def _train(
     shardings=meshes.shardings(grid, start, meshes.RULES),
   )
   checkpoint.name_model(folder / loop.CHECKPOINTS, recipe.cfg)
-  end, history = loop.run(
-    advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
-    validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
-    save_every=run.save_every, keep=2, progress="auto",
-  )
+  with jax.set_mesh(grid):  # kernels divide their work over it
+    end, history = loop.run(
+      advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
+      validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
+      save_every=run.save_every, keep=2, progress="auto",
+    )
   artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params), like=recipe.like)
   artefacts.write_json(folder / LOG, log(history))
 
