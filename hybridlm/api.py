@@ -17,6 +17,7 @@ from hybridlm.distill import loss
 from hybridlm.interop import dispatch
 from hybridlm.nn import serve
 from hybridlm.nn.lm import HybridLM
+from hybridlm.ops.ssd.api import check_segments
 from hybridlm.prune import cut as cutting
 from hybridlm.prune import depth as depths
 from hybridlm.prune import scores as scoring
@@ -136,12 +137,12 @@ def forward(
     cfg: the model.
     params: its canonical tree.
     token_BL: token ids below V.
-    segment_BL: documents of a packed row; positions of other documents are never seen.
+    segment_BL: documents of a packed row, each in one piece; positions of others are never seen.
     kept: surviving entries of a masked model, the second result of `mask`.
 
   Raises:
-    ValueError: ids outside the vocabulary (under `jax.jit` ids cannot be looked at), no position
-      at all, counts that `mask` did not return, or parameters of another model.
+    ValueError: ids outside the vocabulary, a document in pieces (under `jax.jit` neither is seen),
+      no position at all, counts that `mask` did not return, or parameters of another model.
 
   >>> hybridlm.forward(cfg, params, jnp.zeros((1, 7), jnp.int32)).shape
   (1, 7, 31)
@@ -150,7 +151,7 @@ def forward(
   _check_tokens(cfg, token_BL, "forward")
   token_BL = jnp.asarray(token_BL)
   _check_kept(kept)
-  segment_BL = None if segment_BL is None else jnp.asarray(segment_BL)
+  check_segments(segment_BL, "forward")
   return apply(cfg, params, token_BL, segment_BL, kept)[0]
 
 

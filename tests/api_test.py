@@ -43,6 +43,13 @@ def test_forward_can_be_compiled_and_differentiated():
   assert models.error(compiled(params, token_BL), want) < 1e-5
 
 
+def test_a_document_in_pieces_is_refused():
+  cfg = models.make(pattern="M-")
+  segment_BL = jnp.array([[1, 1, 2, 0, 1], [1, 0, 2, 0, 0]])
+  with pytest.raises(ValueError, match="segment 1 of row 0 comes back after a gap in forward"):
+    hybridlm.forward(cfg, models.params(cfg), jnp.zeros((2, 5), jnp.int32), segment_BL)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused():
   with pytest.raises(ValueError, match="student predicts 31 tokens, teacher 29"):
     hybridlm.distillation_loss(models.make(), models.make(vocabulary=29))

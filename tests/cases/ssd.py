@@ -61,9 +61,9 @@ def make(case: Case) -> dict:
     "state_BGHPN": None,
   }
   if case.resets is not None:
-    # Ids come back after a gap, as padding does between documents.
-    steps_BL = rng.random((B, case.L)) < case.resets
-    arguments["segment_BL"] = (np.cumsum(steps_BL, axis=1) % 3).astype(np.int32)
+    # Only padding's id, 0, comes back after a gap.
+    count_BL = np.cumsum(rng.random((B, case.L)) < case.resets, axis=1)
+    arguments["segment_BL"] = np.where(count_BL % 3 == 0, 0, count_BL).astype(np.int32)
   if case.state == "random":
     arguments["state_BGHPN"] = normal(B, case.G, H, P, N)
   if case.skip:

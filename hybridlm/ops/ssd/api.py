@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from hybridlm.ops.ssd import chunked, place, reference, sharded, vjp
 
@@ -36,7 +37,8 @@ def ssd(
   Per head: state <- exp(dt a) state + dt x B^T, y = state C + skip x; B and C are shared by the
   heads of a group. `dt_BLGH` is after softplus, `a_GH` negative, `skip_GH` zero by default.
   The state starts from `state_BGHPN` (zeros by default), which position 0 continues, and is
-  dropped wherever `segment_BL` differs from the position before.
+  dropped wherever `segment_BL` differs from the position before. Segments are contiguous: only 0,
+  the id of padding, may come back after a gap (seen where the values are, outside of `jax.jit`).
   `impl` names an implementation, which runs or raises: "reference" (the recurrence), "chunked"
   (any platform), "pallas_tpu", "pallas_gpu" (Hopper). None takes "chunked": a kernel that was
   never run on a device is not picked unasked. `chunk` is its length in tokens; None takes its
@@ -52,6 +54,7 @@ def ssd(
     raise ValueError(f"ssd implementation {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
   _check_shapes(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, skip_GH, segment_BL, state_BGHPN)
   _check_dtypes(x_BLGHP, dt_BLGH, b_BLGN, c_BLGN, name)
+  check_segments(segment_BL, f"ssd {name!r}")
   if chunk is not None and chunk < 1:
     raise ValueError(f"chunk {chunk} is below 1 token in ssd")
   if chunk is not None and name == "reference":
@@ -95,6 +98,21 @@ def _kernel(name, arrays, chunk, mesh_axes):
     vjp.ssd, passes=vjp.Passes(module.forward, module.backward), chunk=chunk
   )
   return _over_mesh(scan, arrays | {"x_BLGHP": x_BLGHP}, mesh_axes)
+
+
+def check_segments(segment_BL: Int[ArrayLike, "B L"] | None, place: str) -> None:
+  """Raises ValueError, naming `place`, for an id other than 0 that comes back after a gap.
+
+  Values that are not known yet, inside `jax.jit`, pass.
+  """
+  if segment_BL is None or isinstance(segment_BL, jax.core.Tracer):
+    return
+  for row, segment_L in enumerate(np.asarray(segment_BL)):
+    starts = np.flatnonzero(np.diff(segment_L, prepend=segment_L[:1] - 1))
+    ids, counts = np.unique(segment_L[starts], return_counts=True)
+    torn = ids[(counts > 1) & (ids != 0)]
+    if torn.size:
+      raise ValueError(f"segment {torn[0]} of row {row} comes back after a gap in {place}")
 
 
 def _check_dtypes(x_BLGHP, dt_BLGH, b_BLGN, c_BLGN, name):

@@ -270,6 +270,15 @@ BAD = {
   "states": ({"c_BLGN": np.ones((3, 37, 2, 6))}, r"c_BLGN has shape \(3, 37, 2, 6\)"),
   "first state": ({"state_BGHPN": np.ones((3, 2, 4, 5, 6))}, "state_BGHPN has shape"),
   "segments": ({"segment_BL": np.ones((3, 36), np.int32)}, "segment_BL has shape"),
+  "torn segment": (
+    {"segment_BL": np.repeat([[7] * 20 + [5] * 10 + [7] * 7], 3, 0)},
+    "segment 7 of row 0 comes back after a gap in ssd 'chunked'",
+  ),
+  "kind": ({"x_BLGHP": np.ones((3, 37, 2, 4, 6), np.int32)}, "x_BLGHP has dtype int32"),
+  "kinds": (
+    {"c_BLGN": np.ones((3, 37, 2, 5), np.float16)},
+    "c_BLGN has dtype float16, but x_BLGHP float32, in ssd 'chunked'",
+  ),
   "axes": ({"x_BLGHP": np.ones((3, 37, 8, 6))}, "must have axes BLGHP"),
   "nothing": ({"x_BLGHP": np.ones((3, 0, 2, 4, 6))}, "sequence of 0 tokens in ssd"),
 }
