@@ -1,0 +1,82 @@
+"""What both kernels do with one tile in VMEM: decays, products, and what the compiler is told."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from hybridlm.ops.ssd.pallas_tpu import table
+
+
+class Decay(NamedTuple):
+  """The decays inside one tile, of all heads of a block; all from exp of non-positive numbers."""
+
+  sum_HQ: Array  # sum of dt a up to and with a position
+  sum_SH: Array  # the same, turned
+  first_HQ: Array  # from the state before the tile to a position
+  last_HQ: Array  # from a position to the state after the tile
+  cap_SQ: Array  # 0 where position Q sees S, else -inf
+
+
+def decay(dt_HQ: Array, a_H1: Array, run_1Q: Array | None) -> Decay:
+  """Returns the decays of a tile; `run_1Q` counts resets in it, None where there are none."""
+  Q = dt_HQ.shape[1]
+  sum_HQ = dot(dt_HQ * a_H1, upper(Q), (1, 0), jnp.float32)
+  first_HQ = jnp.exp(sum_HQ)
+  last_HQ = jnp.exp(jnp.minimum(sum_HQ[:, Q - 1 :] - sum_HQ, 0))
+  seen_SQ = upper(Q) > 0
+  if run_1Q is not None:
+    run_S1 = jnp.broadcast_to(run_1Q, (table.SUBLANES, Q)).T[:, :1]
+    seen_SQ &= run_S1 == run_1Q
+    first_HQ = jnp.where(run_1Q == 0, first_HQ, 0)
+    last_HQ = jnp.where(run_1Q == run_1Q[:, Q - 1 :], last_HQ, 0)
+  return Decay(sum_HQ, sum_HQ.T, first_HQ, last_HQ, jnp.where(seen_SQ, 0.0, -jnp.inf))
+
+
+def within(decay: Decay, h: int) -> Array:
+  """Returns within_SQ of head `h`: from source S to position Q."""
+  log_SQ = decay.sum_HQ[h : h + 1] - decay.sum_SH[:, h : h + 1]
+  return jnp.exp(jnp.minimum(log_SQ, decay.cap_SQ))
+
+
+def upper(Q: int) -> Array:
+  """Returns a float32 Q x Q matrix of ones where the row is not below the diagonal, else zeros."""
+  row_QQ = jax.lax.broadcasted_iota(jnp.int32, (Q, Q), 0)
+  column_QQ = jax.lax.broadcasted_iota(jnp.int32, (Q, Q), 1)
+  return (row_QQ <= column_QQ).astype(jnp.float32)
+
+
+def dot(left: Array, right: Array, axes: tuple[int, int], dtype: jax.typing.DTypeLike) -> Array:
+  """Returns the float32 product over one axis of each, of operands in `dtype`.
+
+  float32 operands are multiplied in full: by itself the matrix unit rounds them to bfloat16.
+  """
+  full = jnp.dtype(dtype) == jnp.float32
+  return jax.lax.dot_general(
+    left.astype(dtype), right.astype(dtype), (((axes[0],), (axes[1],)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def at(m: Array) -> pl.Slice:
+  """Returns the lanes of tile `m` in a chunk."""
+  return pl.ds(pl.multiple_of(m * table.TILE, table.TILE), table.TILE)
+
+
+def compiler_params() -> pltpu.CompilerParams:
+  """Returns what both kernels ask of the compiler: rows and groups are independent."""
+  return pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+    vmem_limit_bytes=table.VMEM_LIMIT,
+  )
+
+
+def cost(flops: int, exps: int, given: Iterable[Array], made: Iterable[Array]) -> pl.CostEstimate:
+  """Returns what XLA is told of a kernel: it reads and writes every array once."""
+  moved = sum(v.size * v.dtype.itemsize for v in (*given, *made))
+  return pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved)
