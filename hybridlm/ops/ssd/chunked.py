@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 LEAST_CHUNKS = 2
-# Stands in for dt = 0, so that x_bar x / dt, a cotangent of dt, is right there too.
-TINY = 1e-30
+# A step that keeps less than the smallest float32 of the state counts as one of this logarithm:
+# a larger one would drown those after it in the sums of a chunk.
+LEAST_LOG = -104.0
 
 
 class Decay(NamedTuple):
@@ -26,7 +27,7 @@ class Decay(NamedTuple):
 
   within_BGHQS: Array  # from source S to position Q >= S of the same run
   first_BGHQ: Array  # from the state before the chunk to position Q
-  last_BGHQ: Array  # from position Q to the state after the chunk, times dt
+  last_BGHQ: Array  # from position Q to the state after the chunk
   whole_BGH: Array  # from the state before to the state after
   dt_BGHQ: Array
 
@@ -46,8 +47,8 @@ def forward(
 ) -> tuple[Float[Array, "B L G H P"], Float[Array, "B G H P N"], tuple[Array, ...]]:
   """Returns y in x's dtype, the state after the last token and, to keep, what `backward` wants.
 
-  L is a multiple of `chunk`; the state is dropped before tokens where `fresh_BL`. Kept are y
-  without the skip, in the state's dtype, and the states before every chunk.
+  L is a multiple of `chunk`; the state is dropped before tokens where `fresh_BL`. Kept are the
+  states before every chunk.
   """
   dtype = state_BGHPN.dtype
 
@@ -62,7 +63,8 @@ def forward(
     y_BLGHP = _put(y_BLGHP, jnp.swapaxes(inner_BGHQP, 2, 3) + outer_BGQHP, i)
     if keep:
       state_CBGHPN = jax.lax.dynamic_update_index_in_dim(state_CBGHPN, state_BGHPN, i, 0)
-    added_BGHPN = _dot("bgqhp,bgqn->bghpn", x_BGQHP * _spread(decay.last_BGHQ), b_BGQN)
+    last_BGQH1 = _spread(decay.last_BGHQ * decay.dt_BGHQ)
+    added_BGHPN = _dot("bgqhp,bgqn->bghpn", x_BGQHP * last_BGQH1, b_BGQN)
     state_BGHPN = state_BGHPN * decay.whole_BGH[..., None, None] + added_BGHPN
     return state_BGHPN, y_BLGHP, state_CBGHPN
 
@@ -71,9 +73,8 @@ def forward(
   state_CBGHPN = jnp.zeros((chunks if keep else 0, *state_BGHPN.shape), dtype)
   carry = (state_BGHPN, y_BLGHP, state_CBGHPN)
   state_BGHPN, y_BLGHP, state_CBGHPN = jax.lax.fori_loop(0, chunks, step, carry)
-  skipped_BLGHP = y_BLGHP + skip_GH[..., None] * x_BLGHP.astype(dtype)
-  kept = (y_BLGHP, state_CBGHPN) if keep else ()
-  return skipped_BLGHP.astype(x_BLGHP.dtype), state_BGHPN, kept
+  y_BLGHP += skip_GH[..., None] * x_BLGHP.astype(dtype)
+  return y_BLGHP.astype(x_BLGHP.dtype), state_BGHPN, (state_CBGHPN,) if keep else ()
 
 
 def backward(
@@ -84,7 +85,7 @@ def backward(
   c_BLGN: Float[Array, "B L G N"],
   skip_GH: Float[Array, "G H"],
   fresh_BL: Bool[Array, "B L"] | None,
-  kept: tuple[Float[Array, "B L G H P"], Float[Array, "C B G H P N"]],
+  kept: tuple[Float[Array, "C B G H P N"]],
   y_bar_BLGHP: Float[Array, "B L G H P"],
   state_bar_BGHPN: Float[Array, "B G H P N"],
   *,
@@ -96,56 +97,78 @@ def backward(
 ]:
   """Returns the cotangents of x, dt, a, b, c, skip and the first state.
 
-  Those of dt and a need no Q x Q sums: the logarithm of the decay up to a position scales y there
-  and, inversely, x, so its cotangent is y_bar y - x_bar x, plus state_bar state after the chunk.
+  Those of dt and a come from the decays: what a token's own decay multiplies is what crosses it,
+  and only that is summed. Differences of larger sums would leave noise where nothing crosses.
   """
-  y_BLGHP, state_CBGHPN = kept
+  (state_CBGHPN,) = kept
   dtype = state_CBGHPN.dtype
-  dt_BLGH = jnp.where(dt_BLGH == 0, TINY, dt_BLGH)
 
   def step(k, carry):
-    state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, end_CBGH = carry
+    state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, cross_CBGHQ, dt_bar_CBGHQ = carry
     i = state_CBGHPN.shape[0] - 1 - k
     decay = _decay(dt_BLGH, a_GH, fresh_BL, i, chunk)
     x_BGSHP, b_BGSN, c_BGQN = (_take(v, i, chunk, dtype) for v in (x_BLGHP, b_BLGN, c_BLGN))
     y_bar_BGQHP = _take(y_bar_BLGHP, i, chunk, dtype)
-    x_BGHSP, y_bar_BGHQP = jnp.swapaxes(x_BGSHP, 2, 3), jnp.swapaxes(y_bar_BGQHP, 2, 3)
     state_BGHPN = jax.lax.dynamic_index_in_dim(state_CBGHPN, i, 0, keepdims=False)
-    decay_BGHSQ = jnp.swapaxes(decay.within_BGHQS, 3, 4) * decay.dt_BGHQ[..., None]
-    last_BGSH1 = _spread(decay.last_BGHQ)
-    first_BGQHP = y_bar_BGQHP * _spread(decay.first_BGHQ)
+    decay_BGHSQ = jnp.swapaxes(decay.within_BGHQS, 3, 4)
+    dt_BGSH1, last_BGSH1 = _spread(decay.dt_BGHQ), _spread(decay.last_BGHQ)
+    u_BGSHP, first_BGQHP = x_BGSHP * dt_BGSH1, y_bar_BGQHP * _spread(decay.first_BGHQ)
+    u_BGHSP, y_bar_BGHQP = jnp.swapaxes(u_BGSHP, 2, 3), jnp.swapaxes(y_bar_BGQHP, 2, 3)
     mix_BGHSQ = _dot("bgsn,bgqn->bgsq", b_BGSN, c_BGQN)[:, :, None] * decay_BGHSQ
+    mix_bar_BGHSQ = _dot("bghsp,bghqp->bghsq", u_BGHSP, y_bar_BGHQP)
     outer_BGSHP = _dot("bgsn,bghpn->bgshp", b_BGSN, state_bar_BGHPN) * last_BGSH1
-    x_bar_BGHSP = _dot("bghsq,bghqp->bghsp", mix_BGHSQ, y_bar_BGHQP)
-    mix_bar_BGHSQ = _dot("bghsp,bghqp->bghsq", x_BGHSP, y_bar_BGHQP)
+    seen_BGQHP = _dot("bgqn,bghpn->bgqhp", c_BGQN, state_BGHPN)
+    u_bar_BGHSP = _dot("bghsq,bghqp->bghsp", mix_BGHSQ, y_bar_BGHQP)
+    u_bar_BGSHP = jnp.swapaxes(u_bar_BGHSP, 2, 3) + outer_BGSHP
+    cross_BGHQ = _crossing(
+      mix_BGHSQ * mix_bar_BGHSQ, jnp.sum(first_BGQHP * seen_BGQHP, axis=4),
+      jnp.sum(u_BGSHP * outer_BGSHP, axis=4),
+    )
+    whole_BGH = decay.whole_BGH * jnp.sum(state_bar_BGHPN * state_BGHPN, axis=(3, 4))
+    dt_bar_BGSH = jnp.sum(u_bar_BGSHP * x_BGSHP, axis=4)
     cb_bar_BGSQ = jnp.sum(mix_bar_BGHSQ * decay_BGHSQ, axis=2)
     c_bar_BGQN = _dot("bgsq,bgsn->bgqn", cb_bar_BGSQ, b_BGSN)
     c_bar_BGQN += _dot("bgqhp,bghpn->bgqn", first_BGQHP, state_BGHPN)
     b_bar_BGSN = _dot("bgsq,bgqn->bgsn", cb_bar_BGSQ, c_BGQN)
-    b_bar_BGSN += _dot("bgshp,bghpn->bgsn", x_BGSHP * last_BGSH1, state_bar_BGHPN)
-    end_BGH = jnp.sum(x_BGSHP * outer_BGSHP, axis=(2, 4))
-    end_BGH += decay.whole_BGH * jnp.sum(state_bar_BGHPN * state_BGHPN, axis=(3, 4))
+    b_bar_BGSN += _dot("bgshp,bghpn->bgsn", u_BGSHP * last_BGSH1, state_bar_BGHPN)
     state_bar_BGHPN *= decay.whole_BGH[..., None, None]
     state_bar_BGHPN += _dot("bgqhp,bgqn->bghpn", first_BGQHP, c_BGQN)
-    x_bar_BLGHP = _put(x_bar_BLGHP, jnp.swapaxes(x_bar_BGHSP, 2, 3) + outer_BGSHP, i)
+    x_bar_BLGHP = _put(x_bar_BLGHP, u_bar_BGSHP * dt_BGSH1, i)
     b_bar_BLGN, c_bar_BLGN = _put(b_bar_BLGN, b_bar_BGSN, i), _put(c_bar_BLGN, c_bar_BGQN, i)
-    end_CBGH = jax.lax.dynamic_update_index_in_dim(end_CBGH, end_BGH, i, 0)
-    return state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, end_CBGH
+    cross_CBGHQ = _put_chunk(cross_CBGHQ, cross_BGHQ + whole_BGH[..., None], i)
+    dt_bar_CBGHQ = _put_chunk(dt_bar_CBGHQ, jnp.swapaxes(dt_bar_BGSH, 2, 3), i)
+    return state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, cross_CBGHQ, dt_bar_CBGHQ
 
   zeros = (jnp.zeros(v.shape, dtype) for v in (x_BLGHP, b_BLGN, c_BLGN))
-  carry = (state_bar_BGHPN, *zeros, jnp.zeros(state_CBGHPN.shape[:4], dtype))
-  state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, end_CBGH = jax.lax.fori_loop(
-    0, state_CBGHPN.shape[0], step, carry
+  small_CBGHQ = jnp.zeros((*state_CBGHPN.shape[:4], chunk), dtype)
+  state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, *small = jax.lax.fori_loop(
+    0, state_CBGHPN.shape[0], step, (state_bar_BGHPN, *zeros, small_CBGHQ, small_CBGHQ)
   )
-  wide_BLGHP, y_bar_BLGHP = x_BLGHP.astype(dtype), y_bar_BLGHP.astype(dtype)
-  share_BLGH = jnp.sum(wide_BLGHP * x_bar_BLGHP, axis=-1)
-  sum_bar_BLGH = jnp.sum(y_bar_BLGHP * y_BLGHP, axis=-1) - share_BLGH
-  log_bar_BLGH = _sum_later(sum_bar_BLGH, end_CBGH)
-  dt_bar_BLGH = log_bar_BLGH * a_GH + share_BLGH / dt_BLGH
-  a_bar_GH = jnp.sum(log_bar_BLGH * dt_BLGH, axis=(0, 1))
-  skip_bar_GH = jnp.sum(y_bar_BLGHP * wide_BLGHP, axis=(0, 1, 4))
+  cross_BLGH, dt_bar_BLGH = (
+    jnp.moveaxis(v_CBGHQ, (0, 4), (1, 2)).reshape(dt_BLGH.shape) for v_CBGHQ in small
+  )
+  cross_BLGH = jnp.where(dt_BLGH * a_GH < LEAST_LOG, 0, cross_BLGH)
+  dt_bar_BLGH += cross_BLGH * a_GH
+  a_bar_GH = jnp.sum(cross_BLGH * dt_BLGH, axis=(0, 1))
+  y_bar_BLGHP = y_bar_BLGHP.astype(dtype)
+  skip_bar_GH = jnp.sum(y_bar_BLGHP * x_BLGHP.astype(dtype), axis=(0, 1, 4))
   x_bar_BLGHP += skip_GH[..., None] * y_bar_BLGHP
   return x_bar_BLGHP, dt_bar_BLGH, a_bar_GH, b_bar_BLGN, c_bar_BLGN, skip_bar_GH, state_bar_BGHPN
+
+
+def _crossing(mix_BGHSQ, reader_BGQH, source_BGSH):
+  """Returns, for every position, the sum of what its decay lies under, but for the whole chunk's.
+
+  That is every pair with S before it and Q at or after it, what the readers at or after it have
+  of the state before the chunk, and what the sources before it add to the one after.
+  """
+  size, dtype = mix_BGHSQ.shape[-1], mix_BGHSQ.dtype
+  ones_QS = jnp.ones((size, size), dtype)
+  before_QS, after_QS = jnp.tril(ones_QS, -1), jnp.triu(ones_QS)
+  pairs_BGHQS = jnp.einsum("bghsr,qs->bghqr", mix_BGHSQ, before_QS, precision="highest")
+  readers_BGHQ = jnp.einsum("bgrh,qr->bghq", reader_BGQH, after_QS, precision="highest")
+  sources_BGHQ = jnp.einsum("bgsh,qs->bghq", source_BGSH, before_QS, precision="highest")
+  return jnp.sum(pairs_BGHQS * after_QS, axis=-1) + readers_BGHQ + sources_BGHQ
 
 
 def _decay(dt_BLGH, a_GH, fresh_BL, i, chunk) -> Decay:
@@ -159,7 +182,8 @@ def _decay(dt_BLGH, a_GH, fresh_BL, i, chunk) -> Decay:
     fresh_BQ = jax.lax.dynamic_slice_in_dim(fresh_BL, i * chunk, chunk, axis=1).astype(dtype)
   upto_SQ = jnp.triu(jnp.ones((Q, Q), dtype))
   # One product sums decays and resets and, by an identity, copies dt out of its array.
-  rows = [(dt_BQGH * a_GH).reshape(B, Q, G * H), dt_BQGH.reshape(B, Q, G * H), fresh_BQ[..., None]]
+  log_BQGH = jnp.maximum(dt_BQGH * a_GH, LEAST_LOG)
+  rows = [log_BQGH.reshape(B, Q, G * H), dt_BQGH.reshape(B, Q, G * H), fresh_BQ[..., None]]
   sums = jnp.einsum(
     "bsr,sq->brq", jnp.concatenate(rows, axis=2),
     jnp.concatenate([upto_SQ, jnp.eye(Q, dtype=dtype)], axis=1), precision="highest",
@@ -173,18 +197,7 @@ def _decay(dt_BLGH, a_GH, fresh_BL, i, chunk) -> Decay:
   first_BGHQ = jnp.where((run_BQ == 0)[:, None, None], jnp.exp(sum_BGHQ), 0)
   is_last_BQ = run_BQ == run_BQ[:, -1:]
   last_BGHQ = jnp.where(is_last_BQ[:, None, None], jnp.exp(sum_BGHQ[..., -1:] - sum_BGHQ), 0)
-  return Decay(within_BGHQS, first_BGHQ, last_BGHQ * dt_BGHQ, first_BGHQ[..., -1], dt_BGHQ)
-
-
-def _sum_later(sum_bar_BLGH, end_CBGH):
-  """Returns, for every position, the sum from it to the end of its chunk, `end_CBGH` included."""
-  B, L, G, H = sum_bar_BLGH.shape
-  C = end_CBGH.shape[0]
-  sum_bar_BCQGH = sum_bar_BLGH.reshape(B, C, L // C, G, H)
-  later_QS = jnp.triu(jnp.ones((L // C, L // C), sum_bar_BLGH.dtype))
-  log_bar_BCQGH = jnp.einsum("bcsgh,qs->bcqgh", sum_bar_BCQGH, later_QS, precision="highest")
-  log_bar_BCQGH += jnp.moveaxis(end_CBGH, 0, 1)[:, :, None]
-  return log_bar_BCQGH.reshape(B, L, G, H)
+  return Decay(within_BGHQS, first_BGHQ, last_BGHQ, first_BGHQ[..., -1], dt_BGHQ)
 
 
 def _dot(subscripts, left, right):
@@ -201,6 +214,11 @@ def _put(v_BLG, v_BGQ, i):
   """Returns `v_BLG` with chunk `i` replaced."""
   start = i * v_BGQ.shape[2]
   return jax.lax.dynamic_update_slice_in_dim(v_BLG, jnp.swapaxes(v_BGQ, 1, 2), start, axis=1)
+
+
+def _put_chunk(v_CBGHQ, v_BGHQ, i):
+  """Returns `v_CBGHQ` with chunk `i` replaced."""
+  return jax.lax.dynamic_update_index_in_dim(v_CBGHQ, v_BGHQ, i, 0)
 
 
 def _spread(v_BGHQ):
