@@ -84,7 +84,6 @@ def _over_mesh(scan, arrays, mesh_axes):
 
 def _kernel(name, arrays, chunk, mesh_axes):
   """Returns what a kernel makes, on each device's rows and groups; refuses what it cannot run."""
-  # Only who asks for a kernel pays for importing its compiler.
   module = importlib.import_module(f"hybridlm.ops.ssd.{name}")
   x_BLGHP, b_BLGN = arrays["x_BLGHP"], arrays["b_BLGN"]
   G, H, P, N = *x_BLGHP.shape[2:], b_BLGN.shape[3]
@@ -93,11 +92,21 @@ def _kernel(name, arrays, chunk, mesh_axes):
   reason = module.refusal(x_BLGHP, b_BLGN, chunk=chunk)
   if reason is not None:
     raise ValueError(reason)
-  x_BLGHP = place.only_on(x_BLGHP, platform=PLATFORMS[name], name=name)
-  scan = functools.partial(
-    vjp.ssd, passes=vjp.Passes(module.forward, module.backward), chunk=chunk
-  )
-  return _over_mesh(scan, arrays | {"x_BLGHP": x_BLGHP}, mesh_axes)
+  scan = functools.partial(vjp.ssd, passes=_passes(name), chunk=chunk)
+  return _over_mesh(scan, arrays, mesh_axes)
+
+
+@functools.cache
+def _passes(name):
+  """Returns the passes of a kernel, which no other platform is given."""
+  # Only who asks for a kernel pays for importing its compiler.
+  module = importlib.import_module(f"hybridlm.ops.ssd.{name}")
+
+  def forward(x_BLGHP, *arrays, chunk, keep):
+    x_BLGHP = place.only_on(x_BLGHP, platform=PLATFORMS[name], name=name)
+    return module.forward(x_BLGHP, *arrays, chunk=chunk, keep=keep)
+
+  return vjp.Passes(forward, module.backward)
 
 
 def check_segments(segment_BL: Int[ArrayLike, "B L"] | None, place: str) -> None:
