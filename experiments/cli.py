@@ -70,6 +70,23 @@ def parse(argv: Sequence[str]) -> Job | None:
     "dry_run", False, "Print stages, sizes and memory; compute nothing.", flag_values=values
   )
   flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
+  file = read(values, argv, like=base.get_config())
+  if file is None:
+    return None
+  workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
+  cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
+  return Job(values.config, file, workdir, cache, values.dry_run)
+
+
+def read(values: flags.FlagValues, argv: Sequence[str], *, like: ConfigDict) -> str | None:
+  """Reads an argument list into flags and `values.config`; returns the config's file as given.
+
+  None after printing the help that it asks for. `like` has the parts that the command reads.
+
+  Raises:
+    FileNotFoundError: there is no such config.
+    ValueError: an unknown flag or config key, a value of another type, or another command's config.
+  """
   if {"--help", "-h"} & set(argv):
     print(f"--config=FILE: one of {', '.join(installed())}, or your own; --config.KEY=VALUE")
     print(values.get_help())
@@ -79,6 +96,9 @@ def parse(argv: Sequence[str]) -> Job | None:
     raise ValueError(f"give one --config=FILE; installed: {', '.join(installed())}")
   file = given[0].partition("=")[2]
   config = runpy.run_path(str(find(file)))["get_config"]()
+  absent = set(like) - set(config)
+  if absent:
+    raise ValueError(f"config {file} is another command's: it has no part {min(absent)!r}")
   _check_keys(argv, config)
   others = _unset([arg for arg in argv if arg != given[0]], config)
   config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=others)
@@ -88,9 +108,7 @@ def parse(argv: Sequence[str]) -> Job | None:
     raise ValueError(str(error)) from error
   if rest:
     raise ValueError(f"argument {rest[0]!r} is not a flag; values are given as --name=value")
-  workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
-  cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
-  return Job(values.config, file, workdir, cache, values.dry_run)
+  return file
 
 
 def find(name: str) -> pathlib.Path:

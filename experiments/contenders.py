@@ -37,6 +37,7 @@ class Contender(NamedTuple):
 
   calls: forward, and forward with backward: they run, wait, and return y, or y and the cotangents
   of x, dt, a, b and c.  temporary: peak bytes of both beside arguments and results, or None.
+  error: the largest that the check found.
   """
 
   label: str
@@ -44,6 +45,7 @@ class Contender(NamedTuple):
   calls: tuple[Callable, Callable] | None = None
   temporary: tuple[int | None, int | None] = (None, None)
   reason: str = ""
+  error: float | None = None
 
 
 def split(label: str) -> tuple[str, int | None]:
@@ -185,8 +187,8 @@ def check(contender: Contender, want: Mapping[str, np.ndarray], *, tolerance: fl
   name = max(off, key=lambda key: off[key] if off[key] == off[key] else np.inf)
   if not off[name] <= tolerance:
     reason = f"wrong: {name} is off by {off[name]:.1e} of its norm, more than {tolerance:g}"
-    return contender._replace(calls=None, reason=reason)
-  return contender
+    return contender._replace(calls=None, reason=reason, error=off[name])
+  return contender._replace(error=off[name])
 
 
 def errors(found: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -200,13 +202,15 @@ def errors(found: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> d
   return off
 
 
-def cases(section, dtypes: Sequence[str]) -> list[Case]:
-  """Returns the problems of a section: every shape at every length, then its pairs `more`.
+def cases(
+  shapes: Sequence[str], lengths: Sequence[int], dtypes: Sequence[str], more=()
+) -> list[Case]:
+  """Returns the problems: every shape at every length, then the pairs `more`, in each dtype.
 
   Raises:
     ValueError: an unknown shape or dtype, or a length that is no number of tokens.
   """
-  pairs = [*itertools.product(section.shapes, section.lengths), *section.more]
+  pairs = [*itertools.product(shapes, lengths), *more]
   for shape, L in pairs:
     if shape not in SHAPES:
       raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")

@@ -68,7 +68,8 @@ def test_a_config_in_the_working_directory_comes_before_the_installed_one(tmp_pa
 
 
 @pytest.mark.parametrize("argv, words", [
-  ((), "give one --config=FILE; installed: configs/quickstart.py"),
+  ((), "give one --config=FILE; installed: .*configs/quickstart.py"),
+  (("--config=configs/benchmark_ssd.py",), "benchmark_ssd.py is another command's: it has no part"),
   ((TOY, TOY), "give one --config=FILE"),
   (("--config=configs/gone.py",), "configs/gone.py: no such file"),
   ((TOY, "--config.targets=3"), "'targets' is unknown; nearest: targets.D"),
