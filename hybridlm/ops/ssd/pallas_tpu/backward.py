@@ -36,7 +36,7 @@ def backward(
   again from the one before the chunk: that costs one product in nine, and a quarter of the states
   are kept.
   """
-  (_, L, G, H, P), N, dtype = x_BLGHP.shape, b_BLGN.shape[3], x_BLGHP.dtype
+  (_, _, G, H, P), N, dtype = x_BLGHP.shape, b_BLGN.shape[3], x_BLGHP.dtype
   cut = table.blocks(H, P, N, dtype, chunk)
   B, C, K = kept[0].shape[:3]
   specs = layout.specs(cut, C, reverse=True)
@@ -113,7 +113,7 @@ def _kernel(x, dt, b, c, a, skip, kept, y_bar, first, *rest, cut, resets):
 
   def decay_of(m):
     at = tile.at(m)
-    return tile.decay(dt[:, at], a[...], None if run is None else run[:, at])
+    return tile.decay(dt[:, at], a[...], None if run is None else run[:, at], x.dtype)
 
   state[0] = kept[...]
 
@@ -164,6 +164,7 @@ def _tile(m, k, decay, x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, scratch, cut)
   outer_bar_HPS = tile.dot(state_bar[k], b[:, at], (1, 0), x.dtype)
   cb_bar_SQ, skip_bar, later, share, through, whole = jnp.zeros_like(cb_SQ), [], [], [], [], []
   earlier_SH = jnp.zeros((Q, cut.heads), jnp.float32)
+  before_SQ = tile.triangle(Q, 1)
   head_SH = jax.lax.broadcasted_iota(jnp.int32, (Q, cut.heads), 1)
   for h in range(cut.heads):
     rows, row = slice(h * P, (h + 1) * P), slice(h, h + 1)
@@ -173,8 +174,9 @@ def _tile(m, k, decay, x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, scratch, cut)
     mix_SQ = cb_SQ * within_SQ
     mix_bar_SQ = tile.dot(x_PQ * dt_1Q, y_bar_PQ, (0, 0), x.dtype)
     cb_bar_SQ += mix_bar_SQ * within_SQ
-    # What a source gives a position counts for all decays between the two.
-    both_SQ = mix_bar_SQ * mix_SQ
+    # What a source gives a position counts for all decays between the two; for its own there is
+    # none, and beside that large number float32 would lose the others.
+    both_SQ = before_SQ * mix_bar_SQ * mix_SQ
     earlier_SH = jnp.where(head_SH == h, both_SQ.sum(1, keepdims=True), earlier_SH)
     later.append(both_SQ.sum(0, keepdims=True)
                  + (y_bar_PQ * outer_HPQ[rows]).sum(0, keepdims=True) * first_1Q)
@@ -197,8 +199,11 @@ def _tile(m, k, decay, x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, scratch, cut)
   state_bar[k] += tile.dot(fed_bar[...], c[:, at], (1, 1), x.dtype)
   skip_sum[k] += jnp.concatenate(skip_bar)
   through_HQ = jnp.concatenate(through)
-  log_bar_HQ = jnp.concatenate(later) - earlier_SH.T - through_HQ
-  end_H1 = through_HQ.sum(1, keepdims=True) + jnp.concatenate(whole).sum(1, keepdims=True)
-  step_bar_HQ = tile.dot(log_bar_HQ, tile.upper(Q), (1, 1), jnp.float32) + end_H1
+  # A step's decay is in what reaches its position or a later one, in what leaves an earlier one
+  # for the state behind the tile, and in what passes through the tile.
+  step_bar_HQ = tile.dot(
+    jnp.concatenate(later) - earlier_SH.T, tile.triangle(Q, 0), (1, 1), jnp.float32)
+  step_bar_HQ += tile.dot(through_HQ, before_SQ, (1, 0), jnp.float32)
+  step_bar_HQ += jnp.concatenate(whole).sum(1, keepdims=True)
   a_sum[k] += step_bar_HQ * dt_HQ
   dt_bar[:, at] = step_bar_HQ * a[...] + jnp.concatenate(share)

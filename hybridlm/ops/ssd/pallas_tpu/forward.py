@@ -99,7 +99,7 @@ def _kernel(x, dt, b, c, a, skip, first, *rest, cut, resets, keep):
       cb[:, at] = tile.dot(b[:, at], c[:, at], (0, 0), x.dtype)
 
     dt_HQ = dt[:, at]
-    decay = tile.decay(dt_HQ, a[...], None if run is None else run[:, at])
+    decay = tile.decay(dt_HQ, a[...], None if run is None else run[:, at], x.dtype)
     cb_SQ = cb[:, at]
     outer_HPQ = tile.dot(state[k], c[:, at], (1, 0), x.dtype)
     for h in range(cut.heads):

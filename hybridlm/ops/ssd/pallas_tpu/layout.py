@@ -4,7 +4,6 @@ Positions go last. XLA lays [B, L, G, H, P] out that way by itself where P is be
 for x, y and dt these transpositions move nothing.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array

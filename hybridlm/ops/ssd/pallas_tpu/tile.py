@@ -11,43 +11,61 @@ from jaxtyping import Array
 
 from hybridlm.ops.ssd.pallas_tpu import table
 
+# exp of it is 0 in float32: a step that forgets all may forget no more than this.
+LOWEST = -128.0
+# Sums of a tile's steps on this grid are exact: 128 * 128 = 2**14 times 2**10 is 2**24.
+GRID = 2.0**10
+
 
 class Decay(NamedTuple):
   """The decays inside one tile, of all heads of a block; all from exp of non-positive numbers."""
 
-  sum_HQ: Array  # sum of dt a up to and with a position
-  sum_SH: Array  # the same, turned
+  sums_HQ: tuple[Array, ...]  # parts of the sum of dt a up to and with a position
+  sums_SH: tuple[Array, ...]  # the same, turned
   first_HQ: Array  # from the state before the tile to a position
   last_HQ: Array  # from a position to the state after the tile
   cap_SQ: Array  # 0 where position Q sees S, else -inf
 
 
-def decay(dt_HQ: Array, a_H1: Array, run_1Q: Array | None) -> Decay:
-  """Returns the decays of a tile; `run_1Q` counts resets in it, None where there are none."""
+def decay(
+  dt_HQ: Array, a_H1: Array, run_1Q: Array | None, dtype: jax.typing.DTypeLike
+) -> Decay:
+  """Returns the decays of a tile; `run_1Q` counts resets in it, None where there are none.
+
+  A difference of long sums loses what they round. Where x is float32 the sums are therefore in
+  two parts, one exact and one small.
+  """
   Q = dt_HQ.shape[1]
-  sum_HQ = dot(dt_HQ * a_H1, upper(Q), (1, 0), jnp.float32)
-  first_HQ = jnp.exp(sum_HQ)
-  last_HQ = jnp.exp(jnp.minimum(sum_HQ[:, Q - 1 :] - sum_HQ, 0))
-  seen_SQ = upper(Q) > 0
+  step_HQ = jnp.maximum(dt_HQ * a_H1, LOWEST)
+  parts = (step_HQ,)
+  if jnp.dtype(dtype) == jnp.float32:
+    coarse_HQ = jnp.round(step_HQ * GRID) / GRID
+    parts = (coarse_HQ, step_HQ - coarse_HQ)
+  sums_HQ = tuple(dot(part_HQ, triangle(Q, 0), (1, 0), jnp.float32) for part_HQ in parts)
+  first_HQ = jnp.exp(jnp.minimum(sum(sums_HQ), 0))
+  last_HQ = jnp.exp(jnp.minimum(sum(v_HQ[:, Q - 1 :] - v_HQ for v_HQ in sums_HQ), 0))
+  seen_SQ = triangle(Q, 0) > 0
   if run_1Q is not None:
     run_S1 = jnp.broadcast_to(run_1Q, (table.SUBLANES, Q)).T[:, :1]
     seen_SQ &= run_S1 == run_1Q
     first_HQ = jnp.where(run_1Q == 0, first_HQ, 0)
     last_HQ = jnp.where(run_1Q == run_1Q[:, Q - 1 :], last_HQ, 0)
-  return Decay(sum_HQ, sum_HQ.T, first_HQ, last_HQ, jnp.where(seen_SQ, 0.0, -jnp.inf))
+  cap_SQ = jnp.where(seen_SQ, 0.0, -jnp.inf)
+  return Decay(sums_HQ, tuple(v_HQ.T for v_HQ in sums_HQ), first_HQ, last_HQ, cap_SQ)
 
 
 def within(decay: Decay, h: int) -> Array:
   """Returns within_SQ of head `h`: from source S to position Q."""
-  log_SQ = decay.sum_HQ[h : h + 1] - decay.sum_SH[:, h : h + 1]
+  parts = zip(decay.sums_HQ, decay.sums_SH, strict=True)
+  log_SQ = sum(v_HQ[h : h + 1] - v_SH[:, h : h + 1] for v_HQ, v_SH in parts)
   return jnp.exp(jnp.minimum(log_SQ, decay.cap_SQ))
 
 
-def upper(Q: int) -> Array:
-  """Returns a float32 Q x Q matrix of ones where the row is not below the diagonal, else zeros."""
+def triangle(Q: int, above: int) -> Array:
+  """Returns a float32 Q x Q matrix of ones `above` diagonals over the main one and up, else 0."""
   row_QQ = jax.lax.broadcasted_iota(jnp.int32, (Q, Q), 0)
   column_QQ = jax.lax.broadcasted_iota(jnp.int32, (Q, Q), 1)
-  return (row_QQ <= column_QQ).astype(jnp.float32)
+  return (row_QQ + above <= column_QQ).astype(jnp.float32)
 
 
 def dot(left: Array, right: Array, axes: tuple[int, int], dtype: jax.typing.DTypeLike) -> Array:
