@@ -14,8 +14,9 @@ from hybridlm.ops.ssd import chunked, place, reference, sharded, vjp
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 CHUNKED = vjp.Passes(chunked.forward, chunked.backward, chunked.LEAST_CHUNKS)
-# On CPU 32 beat 16, 64 and 128 at every shape tried; elsewhere the published models' own length.
-CPU_CHUNK, ACCELERATOR_CHUNK = 32, 128
+# On CPU as fast as 32 forward and faster backward, where 128 is slower forward (docs/kernels.md);
+# elsewhere the published models' own length.
+CPU_CHUNK, ACCELERATOR_CHUNK = 64, 128
 
 
 def ssd(

@@ -1,15 +1,20 @@
-"""The scan chunk by chunk in plain JAX: matrix products inside a chunk, a state between them.
+"""The scan a few chunks at a time in plain JAX: products inside a chunk, a state between them.
 
 Forward and backward are written out, so that a chunk's Q x Q products are made again instead of
-kept: memory holds the arguments, y and one state a chunk. Everything runs in the dtype of the
-state. Only plain products read slices of the arguments: XLA on CPU fuses a slice into its reader,
-and exp over such a slice ran six times slower. Groups stand before positions, as batched products
-want them: leaving that order to XLA cost an eighth of the time.
-There are two chunks or more: a loop of one is inlined, and jaxlib 0.10.2 on CPU then reads memory
-it never wrote when a product with the state's constant zeros is fused into a sum.
+kept: memory holds the arguments, y and one state a chunk. States lie as [N, H P]: all heads of a
+group share B and C, so that every product with a state is one of [Q, N] or [Q, H P] a group.
+Sums, decays and states have the state's dtype; products take operands of x's dtype, widened first
+on CPU, where narrow ones are slow. What was measured, and why it looks so, is in docs/kernels.md:
+on CPU only products read slices that feed exp (XLA fuses a slice into its reader, and exp over it
+ran six times slower), and sums of products are einsums (a product fused into a partial sum ran
+forty times slower).
+There are two turns of the loop or more: a loop of one is inlined, and jaxlib 0.10.2 on CPU then
+reads memory it never wrote when a product with the state's constant zeros is fused into a sum.
 Source: Mamba-2 (arXiv 2405.21060), section 6, the block decomposition.
 """
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -20,16 +25,19 @@ LEAST_CHUNKS = 2
 # A step that keeps less than the smallest float32 of the state counts as one of this logarithm:
 # a larger one would drown those after it in the sums of a chunk.
 LEAST_LOG = -104.0
+# Tokens whose chunks go through one turn of the loop. On CPU more no longer fit the cache; a
+# device with many cores waits less often with more.
+CPU_BLOCK, ACCELERATOR_BLOCK = 128, 1024
 
 
 class Decay(NamedTuple):
-  """How much of the past survives inside one chunk; all from exp of non-positive numbers."""
+  """Steps, and how much of the past survives; all from exp of non-positive numbers."""
 
-  within_BGHQS: Array  # from source S to position Q >= S of the same run
-  first_BGHQ: Array  # from the state before the chunk to position Q
-  last_BGHQ: Array  # from position Q to the state after the chunk
-  whole_BGH: Array  # from the state before to the state after
-  dt_BGHQ: Array
+  step_BLGH: Array  # dt
+  log_BLGH: Array  # dt a, LEAST_LOG or more
+  first_BLGH: Array  # from the state before the chunk to the position
+  last_BLGH: Array  # from the position to the state after its chunk
+  run_BL: Array | None  # resets in the chunk up to the position, where there are any
 
 
 def forward(
@@ -48,33 +56,39 @@ def forward(
   """Returns y in x's dtype, the state after the last token and, to keep, what `backward` wants.
 
   L is a multiple of `chunk`; the state is dropped before tokens where `fresh_BL`. Kept are the
-  states before every chunk.
+  states before every chunk, as BCGNHP.
   """
   dtype = state_BGHPN.dtype
+  H, many = x_BLGHP.shape[3], _chunks_at_once(x_BLGHP.shape[1], chunk)
+  turns = x_BLGHP.shape[1] // (many * chunk)
+  decays = _decay(dt_BLGH, a_GH, fresh_BL, chunk)
+  dot = functools.partial(_dot, operand=_operand(x_BLGHP.dtype, dtype), dtype=dtype)
 
   def step(i, carry):
-    state_BGHPN, y_BLGHP, state_CBGHPN = carry
-    decay = _decay(dt_BLGH, a_GH, fresh_BL, i, chunk)
-    x_BGQHP, b_BGQN, c_BGQN = (_take(v, i, chunk, dtype) for v in (x_BLGHP, b_BLGN, c_BLGN))
-    cb_BGQS = _dot("bgqn,bgsn->bgqs", c_BGQN, b_BGQN)
-    mix_BGHQS = cb_BGQS[:, :, None] * decay.within_BGHQS * decay.dt_BGHQ[..., None, :]
-    inner_BGHQP = _dot("bghqs,bghsp->bghqp", mix_BGHQS, jnp.swapaxes(x_BGQHP, 2, 3))
-    outer_BGQHP = _dot("bgqn,bghpn->bgqhp", c_BGQN, state_BGHPN) * _spread(decay.first_BGHQ)
-    y_BLGHP = _put(y_BLGHP, jnp.swapaxes(inner_BGHQP, 2, 3) + outer_BGQHP, i)
+    state_BGNHP, y_BLGHP, kept_BCGNHP = carry
+    take = functools.partial(_take, i=i, many=many, chunk=chunk)
+    x_BCGQHP, b_BCGQN, c_BCGQN = take(x_BLGHP), take(b_BLGN), take(c_BLGN)
+    decay = jax.tree.map(take, decays)
+    x_BCGQHP = x_BCGQHP.astype(dtype)
+    u_BCGQHP = x_BCGQHP * decay.step_BLGH[..., None]
+    last_BCGQHP = u_BCGQHP * decay.last_BLGH[..., None]
+    added_BCGNHP = _unfold(dot("bcgqn,bcgqi->bcgni", b_BCGQN, _fold(last_BCGQHP)), H)
+    before_BCGNHP, state_BGNHP = _pass(state_BGNHP, added_BCGNHP, decay, range(many))
+    mix_BCGHQS = dot("bcgqn,bcgsn->bcgqs", c_BCGQN, b_BCGQN)[:, :, :, None] * _within(decay, -1)
+    y_BCGHQP = dot("bcghqs,bcghsp->bcghqp", mix_BCGHQS, jnp.swapaxes(u_BCGQHP, 3, 4))
+    y_BCGQHP = _unfold(dot("bcgqn,bcgni->bcgqi", c_BCGQN, _fold(before_BCGNHP)), H)
+    y_BCGQHP = y_BCGQHP * decay.first_BLGH[..., None] + jnp.swapaxes(y_BCGHQP, 3, 4)
+    y_BLGHP = _put(y_BLGHP, y_BCGQHP + skip_GH[:, None, :, None] * x_BCGQHP, i)
     if keep:
-      state_CBGHPN = jax.lax.dynamic_update_index_in_dim(state_CBGHPN, state_BGHPN, i, 0)
-    last_BGQH1 = _spread(decay.last_BGHQ * decay.dt_BGHQ)
-    added_BGHPN = _dot("bgqhp,bgqn->bghpn", x_BGQHP * last_BGQH1, b_BGQN)
-    state_BGHPN = state_BGHPN * decay.whole_BGH[..., None, None] + added_BGHPN
-    return state_BGHPN, y_BLGHP, state_CBGHPN
+      kept_BCGNHP = _put_chunks(kept_BCGNHP, before_BCGNHP, i)
+    return state_BGNHP, y_BLGHP, kept_BCGNHP
 
-  chunks = x_BLGHP.shape[1] // chunk
-  y_BLGHP = jnp.zeros(x_BLGHP.shape, dtype)
-  state_CBGHPN = jnp.zeros((chunks if keep else 0, *state_BGHPN.shape), dtype)
-  carry = (state_BGHPN, y_BLGHP, state_CBGHPN)
-  state_BGHPN, y_BLGHP, state_CBGHPN = jax.lax.fori_loop(0, chunks, step, carry)
-  y_BLGHP += skip_GH[..., None] * x_BLGHP.astype(dtype)
-  return y_BLGHP.astype(x_BLGHP.dtype), state_BGHPN, (state_CBGHPN,) if keep else ()
+  state_BGNHP = jnp.moveaxis(state_BGHPN, 4, 2)
+  B, *sizes = state_BGNHP.shape
+  kept_BCGNHP = jnp.zeros((B, turns * many if keep else 0, *sizes), dtype)
+  carry = (state_BGNHP, jnp.zeros_like(x_BLGHP), kept_BCGNHP)
+  state_BGNHP, y_BLGHP, kept_BCGNHP = jax.lax.fori_loop(0, turns, step, carry)
+  return y_BLGHP, jnp.moveaxis(state_BGNHP, 2, 4), (kept_BCGNHP,) if keep else ()
 
 
 def backward(
@@ -85,7 +99,7 @@ def backward(
   c_BLGN: Float[Array, "B L G N"],
   skip_GH: Float[Array, "G H"],
   fresh_BL: Bool[Array, "B L"] | None,
-  kept: tuple[Float[Array, "C B G H P N"]],
+  kept: tuple[Float[Array, "B C G N H P"]],
   y_bar_BLGHP: Float[Array, "B L G H P"],
   state_bar_BGHPN: Float[Array, "B G H P N"],
   *,
@@ -100,127 +114,193 @@ def backward(
   Those of dt and a come from the decays: what a token's own decay multiplies is what crosses it,
   and only that is summed. Differences of larger sums would leave noise where nothing crosses.
   """
-  (state_CBGHPN,) = kept
-  dtype = state_CBGHPN.dtype
+  (kept_BCGNHP,) = kept
+  dtype = kept_BCGNHP.dtype
+  many = _chunks_at_once(x_BLGHP.shape[1], chunk)
+  turns = x_BLGHP.shape[1] // (many * chunk)
+  decays = _decay(dt_BLGH, a_GH, fresh_BL, chunk)
+  dot = functools.partial(_dot, operand=_operand(x_BLGHP.dtype, dtype), dtype=dtype)
 
   def step(k, carry):
-    state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, cross_CBGHQ, dt_bar_CBGHQ = carry
-    i = state_CBGHPN.shape[0] - 1 - k
-    decay = _decay(dt_BLGH, a_GH, fresh_BL, i, chunk)
-    x_BGSHP, b_BGSN, c_BGQN = (_take(v, i, chunk, dtype) for v in (x_BLGHP, b_BLGN, c_BLGN))
-    y_bar_BGQHP = _take(y_bar_BLGHP, i, chunk, dtype)
-    state_BGHPN = jax.lax.dynamic_index_in_dim(state_CBGHPN, i, 0, keepdims=False)
-    decay_BGHSQ = jnp.swapaxes(decay.within_BGHQS, 3, 4)
-    dt_BGSH1, last_BGSH1 = _spread(decay.dt_BGHQ), _spread(decay.last_BGHQ)
-    u_BGSHP, first_BGQHP = x_BGSHP * dt_BGSH1, y_bar_BGQHP * _spread(decay.first_BGHQ)
-    u_BGHSP, y_bar_BGHQP = jnp.swapaxes(u_BGSHP, 2, 3), jnp.swapaxes(y_bar_BGQHP, 2, 3)
-    mix_BGHSQ = _dot("bgsn,bgqn->bgsq", b_BGSN, c_BGQN)[:, :, None] * decay_BGHSQ
-    mix_bar_BGHSQ = _dot("bghsp,bghqp->bghsq", u_BGHSP, y_bar_BGHQP)
-    outer_BGSHP = _dot("bgsn,bghpn->bgshp", b_BGSN, state_bar_BGHPN) * last_BGSH1
-    seen_BGQHP = _dot("bgqn,bghpn->bgqhp", c_BGQN, state_BGHPN)
-    u_bar_BGHSP = _dot("bghsq,bghqp->bghsp", mix_BGHSQ, y_bar_BGHQP)
-    u_bar_BGSHP = jnp.swapaxes(u_bar_BGHSP, 2, 3) + outer_BGSHP
-    cross_BGHQ = _crossing(
-      mix_BGHSQ * mix_bar_BGHSQ, jnp.sum(first_BGQHP * seen_BGQHP, axis=4),
-      jnp.sum(u_BGSHP * outer_BGSHP, axis=4),
+    state_bar_BGNHP, *bars = carry
+    i = turns - 1 - k
+    take = functools.partial(_take, i=i, many=many, chunk=chunk)
+    arrays = [take(v) for v in (x_BLGHP, b_BLGN, c_BLGN, y_bar_BLGHP)]
+    state_BCGNHP = jax.lax.dynamic_slice_in_dim(kept_BCGNHP, i * many, many, axis=1)
+    state_bar_BGNHP, *now = _turn_back(
+      *arrays, jax.tree.map(take, decays), state_BCGNHP, state_bar_BGNHP, dot=dot
     )
-    whole_BGH = decay.whole_BGH * jnp.sum(state_bar_BGHPN * state_BGHPN, axis=(3, 4))
-    dt_bar_BGSH = jnp.sum(u_bar_BGSHP * x_BGSHP, axis=4)
-    cb_bar_BGSQ = jnp.sum(mix_bar_BGHSQ * decay_BGHSQ, axis=2)
-    c_bar_BGQN = _dot("bgsq,bgsn->bgqn", cb_bar_BGSQ, b_BGSN)
-    c_bar_BGQN += _dot("bgqhp,bghpn->bgqn", first_BGQHP, state_BGHPN)
-    b_bar_BGSN = _dot("bgsq,bgqn->bgsn", cb_bar_BGSQ, c_BGQN)
-    b_bar_BGSN += _dot("bgshp,bghpn->bgsn", u_BGSHP * last_BGSH1, state_bar_BGHPN)
-    state_bar_BGHPN *= decay.whole_BGH[..., None, None]
-    state_bar_BGHPN += _dot("bgqhp,bgqn->bghpn", first_BGQHP, c_BGQN)
-    x_bar_BLGHP = _put(x_bar_BLGHP, u_bar_BGSHP * dt_BGSH1, i)
-    b_bar_BLGN, c_bar_BLGN = _put(b_bar_BLGN, b_bar_BGSN, i), _put(c_bar_BLGN, c_bar_BGQN, i)
-    cross_CBGHQ = _put_chunk(cross_CBGHQ, cross_BGHQ + whole_BGH[..., None], i)
-    dt_bar_CBGHQ = _put_chunk(dt_bar_CBGHQ, jnp.swapaxes(dt_bar_BGSH, 2, 3), i)
-    return state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, cross_CBGHQ, dt_bar_CBGHQ
+    return state_bar_BGNHP, *(_put(v, v_now, i) for v, v_now in zip(bars, now, strict=True))
 
-  zeros = (jnp.zeros(v.shape, dtype) for v in (x_BLGHP, b_BLGN, c_BLGN))
-  small_CBGHQ = jnp.zeros((*state_CBGHPN.shape[:4], chunk), dtype)
-  state_bar_BGHPN, x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, *small = jax.lax.fori_loop(
-    0, state_CBGHPN.shape[0], step, (state_bar_BGHPN, *zeros, small_CBGHQ, small_CBGHQ)
-  )
-  cross_BLGH, dt_bar_BLGH = (
-    jnp.moveaxis(v_CBGHQ, (0, 4), (1, 2)).reshape(dt_BLGH.shape) for v_CBGHQ in small
+  zeros = (jnp.zeros(v.shape, dtype) for v in (x_BLGHP, b_BLGN, c_BLGN, dt_BLGH))
+  state_bar_BGNHP, u_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, cross_BLGH = jax.lax.fori_loop(
+    0, turns, step, (jnp.moveaxis(state_bar_BGHPN, 4, 2), *zeros)
   )
   cross_BLGH = jnp.where(dt_BLGH * a_GH < LEAST_LOG, 0, cross_BLGH)
-  dt_bar_BLGH += cross_BLGH * a_GH
-  a_bar_GH = jnp.sum(cross_BLGH * dt_BLGH, axis=(0, 1))
-  y_bar_BLGHP = y_bar_BLGHP.astype(dtype)
-  skip_bar_GH = jnp.sum(y_bar_BLGHP * x_BLGHP.astype(dtype), axis=(0, 1, 4))
-  x_bar_BLGHP += skip_GH[..., None] * y_bar_BLGHP
-  return x_bar_BLGHP, dt_bar_BLGH, a_bar_GH, b_bar_BLGN, c_bar_BLGN, skip_bar_GH, state_bar_BGHPN
+  x_BLGHP, y_bar_BLGHP = x_BLGHP.astype(dtype), y_bar_BLGHP.astype(dtype)
+  return (
+    dt_BLGH[..., None] * u_bar_BLGHP + skip_GH[..., None] * y_bar_BLGHP,
+    cross_BLGH * a_GH + _sum("blghp,blghp->blgh", x_BLGHP, u_bar_BLGHP),
+    _sum("blgh,blgh->gh", cross_BLGH, dt_BLGH),
+    b_bar_BLGN,
+    c_bar_BLGN,
+    jnp.sum(_sum("blghp,blghp->blgh", x_BLGHP, y_bar_BLGHP), axis=(0, 1)),
+    jnp.moveaxis(state_bar_BGNHP, 2, 4),
+  )
 
 
-def _crossing(mix_BGHSQ, reader_BGQH, source_BGSH):
+def _turn_back(
+  x_BCGSHP, b_BCGSN, c_BCGQN, y_bar_BCGQHP, decay, state_BCGNHP, state_bar_BGNHP, *, dot
+):
+  """Returns the cotangents of the state before, of u, b and c, and what crosses each position.
+
+  `state_BCGNHP` has the states before every chunk in hand.
+  """
+  many, H = x_BCGSHP.shape[1], x_BCGSHP.shape[4]
+  dtype = state_bar_BGNHP.dtype
+  y_bar_BCGQHP = y_bar_BCGQHP.astype(dtype)
+  u_BCGSHP = x_BCGSHP.astype(dtype) * decay.step_BLGH[..., None]
+  first_BCGQHP = y_bar_BCGQHP * decay.first_BLGH[..., None]
+  first_BCGQI, last_BCGSI = _fold(first_BCGQHP), _fold(u_BCGSHP * decay.last_BLGH[..., None])
+  added_BCGNHP = _unfold(dot("bcgqn,bcgqi->bcgni", c_BCGQN, first_BCGQI), H)
+  after_BCGNHP, state_bar_BGNHP = _pass(
+    state_bar_BGNHP, added_BCGNHP, decay, reversed(range(many))
+  )
+  within_BCGHSQ = _within(decay, -2)
+  y_bar_BCGHQP = jnp.swapaxes(y_bar_BCGQHP, 3, 4)
+  mix_BCGHSQ = dot("bcgsn,bcgqn->bcgsq", b_BCGSN, c_BCGQN)[:, :, :, None] * within_BCGHSQ
+  mix_bar_BCGHSQ = dot("bcghsp,bcghqp->bcghsq", jnp.swapaxes(u_BCGSHP, 3, 4), y_bar_BCGHQP)
+  u_bar_BCGHSP = dot("bcghsq,bcghqp->bcghsp", mix_BCGHSQ, y_bar_BCGHQP)
+  outer_BCGSHP = _unfold(dot("bcgsn,bcgni->bcgsi", b_BCGSN, _fold(after_BCGNHP)), H)
+  outer_BCGSHP *= decay.last_BLGH[..., None]
+  seen_BCGQHP = _unfold(dot("bcgqn,bcgni->bcgqi", c_BCGQN, _fold(state_BCGNHP)), H)
+  cross_BCGQH = _crossing(
+    mix_BCGHSQ * mix_bar_BCGHSQ,
+    _sum("bcgqhp,bcgqhp->bcgqh", first_BCGQHP, seen_BCGQHP),
+    _sum("bcgshp,bcgshp->bcgsh", u_BCGSHP, outer_BCGSHP),
+  )
+  whole_BCGH = _sum("bcgnhp,bcgnhp->bcgh", after_BCGNHP, state_BCGNHP)
+  cross_BCGQH += (whole_BCGH * decay.first_BLGH[:, :, :, -1])[:, :, :, None]
+  cb_bar_BCGSQ = _sum("bcghsq,h->bcgsq", mix_bar_BCGHSQ * within_BCGHSQ, jnp.ones(H, dtype))
+  c_bar_BCGQN = dot("bcgsq,bcgsn->bcgqn", cb_bar_BCGSQ, b_BCGSN)
+  c_bar_BCGQN += dot("bcgqi,bcgni->bcgqn", first_BCGQI, _fold(state_BCGNHP))
+  b_bar_BCGSN = dot("bcgsq,bcgqn->bcgsn", cb_bar_BCGSQ, c_BCGQN)
+  b_bar_BCGSN += dot("bcgsi,bcgni->bcgsn", last_BCGSI, _fold(after_BCGNHP))
+  u_bar_BCGSHP = jnp.swapaxes(u_bar_BCGHSP, 3, 4) + outer_BCGSHP
+  return state_bar_BGNHP, u_bar_BCGSHP, b_bar_BCGSN, c_bar_BCGQN, cross_BCGQH
+
+
+def _crossing(mix_BCGHSQ, reader_BCGQH, source_BCGSH):
   """Returns, for every position, the sum of what its decay lies under, but for the whole chunk's.
 
   That is every pair with S before it and Q at or after it, what the readers at or after it have
   of the state before the chunk, and what the sources before it add to the one after.
   """
-  size, dtype = mix_BGHSQ.shape[-1], mix_BGHSQ.dtype
-  ones_QS = jnp.ones((size, size), dtype)
-  before_QS, after_QS = jnp.tril(ones_QS, -1), jnp.triu(ones_QS)
-  pairs_BGHQS = jnp.einsum("bghsr,qs->bghqr", mix_BGHSQ, before_QS, precision="highest")
-  readers_BGHQ = jnp.einsum("bgrh,qr->bghq", reader_BGQH, after_QS, precision="highest")
-  sources_BGHQ = jnp.einsum("bgsh,qs->bghq", source_BGSH, before_QS, precision="highest")
-  return jnp.sum(pairs_BGHQS * after_QS, axis=-1) + readers_BGHQ + sources_BGHQ
+  upto_SQ = _upto(mix_BCGHSQ.shape[-1], mix_BCGHSQ.dtype)
+  before_SQ = upto_SQ - jnp.eye(*upto_SQ.shape, dtype=upto_SQ.dtype)
+  # Plain products with a triangle; the one over S is a product with ones.
+  later_BCGHSQ = _sum("bcghsr,qr->bcghsq", mix_BCGHSQ, upto_SQ) * before_SQ
+  pairs_BCGHQ = _sum("bcghsq,s->bcghq", later_BCGHSQ, jnp.ones_like(upto_SQ[0]))
+  readers_BCGQH = _sum("bcgrh,qr->bcgqh", reader_BCGQH, upto_SQ)
+  sources_BCGQH = _sum("bcgsh,sq->bcgqh", source_BCGSH, before_SQ)
+  return jnp.swapaxes(pairs_BCGHQ, 3, 4) + readers_BCGQH + sources_BCGQH
 
 
-def _decay(dt_BLGH, a_GH, fresh_BL, i, chunk) -> Decay:
-  """Returns the decays of chunk `i`."""
-  dtype = a_GH.dtype
-  dt_BQGH = jax.lax.dynamic_slice_in_dim(dt_BLGH, i * chunk, chunk, axis=1)
-  B, Q, G, H = dt_BQGH.shape
-  if fresh_BL is None:
-    fresh_BQ = jnp.zeros((B, Q), dtype)
-  else:
-    fresh_BQ = jax.lax.dynamic_slice_in_dim(fresh_BL, i * chunk, chunk, axis=1).astype(dtype)
-  upto_SQ = jnp.triu(jnp.ones((Q, Q), dtype))
-  # One product sums decays and resets and, by an identity, copies dt out of its array.
-  log_BQGH = jnp.maximum(dt_BQGH * a_GH, LEAST_LOG)
-  rows = [log_BQGH.reshape(B, Q, G * H), dt_BQGH.reshape(B, Q, G * H), fresh_BQ[..., None]]
-  sums = jnp.einsum(
-    "bsr,sq->brq", jnp.concatenate(rows, axis=2),
-    jnp.concatenate([upto_SQ, jnp.eye(Q, dtype=dtype)], axis=1), precision="highest",
-  )
-  sum_BGHQ = sums[:, : G * H, :Q].reshape(B, G, H, Q)
-  dt_BGHQ = sums[:, G * H : -1, Q:].reshape(B, G, H, Q)
-  run_BQ = sums[:, -1, :Q]
-  seen_BQS = (run_BQ[:, :, None] == run_BQ[:, None, :]) & (upto_SQ.T == 1)
-  log_BGHQS = jnp.minimum(sum_BGHQ[..., :, None] - sum_BGHQ[..., None, :], 0)
-  within_BGHQS = jnp.where(seen_BQS[:, None, None], jnp.exp(log_BGHQS), 0)
-  first_BGHQ = jnp.where((run_BQ == 0)[:, None, None], jnp.exp(sum_BGHQ), 0)
-  is_last_BQ = run_BQ == run_BQ[:, -1:]
-  last_BGHQ = jnp.where(is_last_BQ[:, None, None], jnp.exp(sum_BGHQ[..., -1:] - sum_BGHQ), 0)
-  return Decay(within_BGHQS, first_BGHQ, last_BGHQ, first_BGHQ[..., -1], dt_BGHQ)
+def _chunks_at_once(L, chunk):
+  """Returns how many chunks go through one turn of the loop, which has two turns or more."""
+  block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
+  chunks = L // chunk
+  most = max(1, min(block // chunk, chunks // 2))
+  return next(many for many in range(most, 0, -1) if chunks % many == 0)
 
 
-def _dot(subscripts, left, right):
-  return jnp.einsum(subscripts, left, right, preferred_element_type=left.dtype)
+def _operand(narrow, wide):
+  """Returns the dtype that products read."""
+  return wide if jax.default_backend() == "cpu" else narrow
 
 
-def _take(v_BLG, i, chunk, dtype):
-  """Returns chunk `i` with the group before the position: v_BGQ and what follows."""
-  v_BQG = jax.lax.dynamic_slice_in_dim(v_BLG, i * chunk, chunk, axis=1)
-  return jnp.swapaxes(v_BQG.astype(dtype), 1, 2)
+def _decay(dt_BLGH, a_GH, fresh_BL, chunk) -> Decay:
+  """Returns the decays of all positions; for every chunk from its own start."""
+  B, L, G, H = dt_BLGH.shape
+  log_BCQGH = jnp.maximum(dt_BLGH * a_GH, LEAST_LOG).reshape(B, L // chunk, chunk, G, H)
+  sum_BCQGH = _sum("bcsgh,sq->bcqgh", log_BCQGH, _upto(chunk, dt_BLGH.dtype))
+  first_BCQGH = jnp.exp(jnp.minimum(sum_BCQGH, 0))
+  last_BCQGH = jnp.exp(jnp.minimum(sum_BCQGH[:, :, -1:] - sum_BCQGH, 0))
+  run_BL = None
+  if fresh_BL is not None:
+    run_BCQ = jnp.cumsum(fresh_BL.reshape(B, L // chunk, chunk), axis=2, dtype=jnp.int32)
+    first_BCQGH = jnp.where((run_BCQ == 0)[..., None, None], first_BCQGH, 0)
+    last_BCQGH = jnp.where((run_BCQ == run_BCQ[:, :, -1:])[..., None, None], last_BCQGH, 0)
+    run_BL = run_BCQ.reshape(B, L)
+  whole = (v_BCQGH.reshape(B, L, G, H) for v_BCQGH in (log_BCQGH, first_BCQGH, last_BCQGH))
+  return Decay(dt_BLGH, *whole, run_BL)
 
 
-def _put(v_BLG, v_BGQ, i):
-  """Returns `v_BLG` with chunk `i` replaced."""
-  start = i * v_BGQ.shape[2]
-  return jax.lax.dynamic_update_slice_in_dim(v_BLG, jnp.swapaxes(v_BGQ, 1, 2), start, axis=1)
+def _within(decay, source):
+  """Returns the decay from every source to every later position of its run, zero elsewhere.
+
+  `decay` is of chunks in hand. Sources are on axis `source`, -1 or -2, positions on the other.
+  """
+  log_BCGQH, run_BCQ = decay.log_BLGH, decay.run_BL
+  other, Q = -3 - source, log_BCGQH.shape[3]
+  sum_BCGHQ = _sum("bcgsh,sq->bcghq", log_BCGQH, _upto(Q, log_BCGQH.dtype))
+  seen = jnp.expand_dims(jnp.arange(Q), source) >= jnp.expand_dims(jnp.arange(Q), other)
+  if run_BCQ is not None:
+    run_BCGHQ = run_BCQ[:, :, None, None]
+    seen &= jnp.expand_dims(run_BCGHQ, source) == jnp.expand_dims(run_BCGHQ, other)
+  log = jnp.expand_dims(sum_BCGHQ, source) - jnp.expand_dims(sum_BCGHQ, other)
+  return jnp.where(seen, jnp.exp(jnp.minimum(log, 0)), 0)
 
 
-def _put_chunk(v_CBGHQ, v_BGHQ, i):
-  """Returns `v_CBGHQ` with chunk `i` replaced."""
-  return jax.lax.dynamic_update_index_in_dim(v_CBGHQ, v_BGHQ, i, 0)
+def _pass(state_BGNHP, added_BCGNHP, decay, order: Iterable[int]):
+  """Returns the states that meet every chunk in hand, in this order, and the one that is left."""
+  whole_BCG1H1 = decay.first_BLGH[:, :, :, -1:, :, None]
+  met = {}
+  for c in order:
+    met[c] = state_BGNHP
+    state_BGNHP = state_BGNHP * whole_BCG1H1[:, c] + added_BCGNHP[:, c]
+  return jnp.stack([met[c] for c in sorted(met)], axis=1), state_BGNHP
 
 
-def _spread(v_BGHQ):
-  """Returns v_BGQH1."""
-  return jnp.swapaxes(v_BGHQ, 2, 3)[..., None]
+def _upto(Q, dtype):
+  """Returns ones where the column is not before the row."""
+  return jnp.triu(jnp.ones((Q, Q), dtype))
+
+
+def _dot(subscripts, left, right, *, operand, dtype):
+  """Returns a product of operands of one dtype, summed in another."""
+  left, right = left.astype(operand), right.astype(operand)
+  return jnp.einsum(subscripts, left, right, preferred_element_type=dtype)
+
+
+def _sum(subscripts, left, right):
+  """Returns a sum of products that is small beside the products with B, C, x and the states."""
+  return jnp.einsum(subscripts, left, right, precision="highest")
+
+
+def _fold(v_HP):
+  """Returns heads and channels as one axis."""
+  return v_HP.reshape(*v_HP.shape[:-2], -1)
+
+
+def _unfold(v_I, H):
+  return v_I.reshape(*v_I.shape[:-1], H, -1)
+
+
+def _take(v_BL, *, i, many, chunk):
+  """Returns the chunks of turn `i`, v_BCQ, with the group, if any, before the position: v_BCGQ."""
+  v_BL = jax.lax.dynamic_slice_in_dim(v_BL, i * many * chunk, many * chunk, axis=1)
+  v_BCQ = v_BL.reshape(v_BL.shape[0], many, chunk, *v_BL.shape[2:])
+  return v_BCQ if v_BCQ.ndim == 3 else jnp.swapaxes(v_BCQ, 2, 3)
+
+
+def _put(v_BLG, v_BCGQ, i):
+  """Returns `v_BLG` with the chunks of turn `i` replaced."""
+  v_BCQG = jnp.swapaxes(v_BCGQ, 2, 3).astype(v_BLG.dtype)
+  now_BLG = v_BCQG.reshape(v_BCQG.shape[0], -1, *v_BCQG.shape[3:])
+  return jax.lax.dynamic_update_slice_in_dim(v_BLG, now_BLG, i * now_BLG.shape[1], axis=1)
+
+
+def _put_chunks(v_BC, now_BC, i):
+  """Returns `v_BC` with the chunks of turn `i` replaced."""
+  return jax.lax.dynamic_update_slice_in_dim(v_BC, now_BC, i * now_BC.shape[1], axis=1)
