@@ -22,9 +22,13 @@ ROWS = ("sum", "dt", "first", "last", "skip")
 # What a head leaves per position: sums over M = mix mix_bar by target and by source, over
 # u_bar x, over y_bar x; the terms through the states after and before; state_bar state.
 SUMS = ("from", "into", "share", "skip", "last", "first", "whole")
-PAIR_SUMS = SUMS[:5]
+# The pair side takes the targets in halves, whose matrices fit its registers.
+SQ = Q, Q // 2
+HALVES = pl.ds(0, Q // 2), pl.ds(Q // 2, Q // 2)
 QUERY, SOURCE, PAIR = range(3)
 SHARED_BYTES = 227 * 1024
+# Registers of a thread by side, for a `Plan` that is not and that is wide.
+REGISTERS = {False: (152, 168, 184), True: (168, 168, 168)}
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -70,6 +74,16 @@ class Plan(NamedTuple):
   x_depth: int
   state_depth: int
   bar_depth: int
+
+  @property
+  def wide(self) -> bool:
+    """Whether [64, N] sums fill their sides' registers, so that the pair side does the rest."""
+    return self.N > 128
+
+  @property
+  def pair_sums(self) -> int:
+    """How many of `SUMS` the pair side makes."""
+    return len(SUMS) if self.wide else SUMS.index("first")
 
 
 def run(
@@ -120,9 +134,9 @@ def shared_bytes(plan: Plan) -> int:
 
 
 def swizzle(width: int, dtype) -> int:
-  """Returns the widest swizzle, in bytes, that divides rows of `width` values."""
+  """Returns the widest swizzle, in bytes and up to half a chunk, for rows of `width` values."""
   row = width * jnp.dtype(dtype).itemsize
-  return next(s for s in (128, 64, 32) if row % s == 0)
+  return next(s for s in (64, 32) if row % s == 0)
 
 
 def tiles(width: int, dtype) -> tuple:
@@ -206,8 +220,8 @@ def _kernel(
   def sums_out(h, first, count):
     return sums_ref.at[place.batch, place.head(h), place.chunk, pl.ds(first, count)]
 
-  @pl.when(side == QUERY)
-  def _():
+  def query():
+    _set_registers(plan, QUERY)
     plgpu.barrier_wait(group_loaded)
     out = functools.partial(sums_out, first=SUMS.index("first"), count=1)
     c_bar_QN = _query_side(
@@ -215,12 +229,12 @@ def _kernel(
     )
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)
-    cb_bar_QS = plgpu.transpose_ref(cb_bar_smem, (1, 0))
-    c_bar_QN = _add_product(c_bar_QN, cb_bar_QS, b_smem)
+    c_bar_QN = _add_product(c_bar_QN, _transposed(cb_bar_smem), b_smem)
     _write(c_bar_QN, state_smem.at[0, pl.ds(0, Q)], c_bar_ref.at[place.batch, tokens, place.group])
 
-  @pl.when(side == SOURCE)
-  def _():
+  def source():
+    _set_registers(plan, SOURCE)
+
     def sources(ring, h):
       head = place.head(h)
       at = (place.batch, tokens, head)
@@ -246,23 +260,29 @@ def _kernel(
     b_bar_SN = _add_product(b_bar_SN, cb_bar_smem, c_smem)
     _write(b_bar_SN, bar_smem.at[0, pl.ds(0, Q)], b_bar_ref.at[place.batch, tokens, place.group])
 
-  @pl.when(side == PAIR)
-  def _():
+  def pair():
+    _set_registers(plan, PAIR)
     plgpu.barrier_wait(group_loaded)
 
     def x_bar_out(h):
       return x_bar_ref.at[place.batch, tokens, place.head(h)]
 
-    out = functools.partial(sums_out, first=0, count=len(PAIR_SUMS))
-    cb_bar_SQ = _pair_side(
-      rings, (b_smem, c_smem, run_smem), (x_bar_smem, sums_smem.at[pl.ds(0, len(PAIR_SUMS))]),
-      (x_bar_out, out), plan,
-    )
-    cb_bar_smem[...] = cb_bar_SQ.astype(cb_bar_smem.dtype)
+    out = functools.partial(sums_out, first=0, count=plan.pair_sums)
+    pair_smem = x_bar_smem, sums_smem.at[pl.ds(0, plan.pair_sums)], cb_bar_smem
+    _pair_side(rings, (b_smem, c_smem, run_smem), pair_smem, (x_bar_out, out), plan)
     plgpu.commit_smem()
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)
     plgpu.wait_smem_to_gmem(0)
+
+  # One choice, not three in a row: else each side's registers hold what the later ones want.
+  jax.lax.switch(side, (query, source, pair))
+
+
+def _set_registers(plan, side):
+  """Gives this warpgroup its share of the registers, of which each starts with a third."""
+  count = REGISTERS[plan.wide][side]
+  plgpu.set_max_registers(count, action="increase" if count > 168 else "decrease")
 
 
 def _query_side(rings, c_smem, sums_smem, out, plan):
@@ -272,13 +292,13 @@ def _query_side(rings, c_smem, sums_smem, out, plan):
   def step(h, c_bar_QN):
     _, y_bar_smem, rows_smem = x_ring.wait(h)
     first_Q = plgpu.load(rows_smem, (ROWS.index("first"),), layout=BY_ROW)
-    first_QP = _matrix(y_bar_smem) * _rows(first_Q, plan.P)
-    x_ring.free(h)
+    first_QP = (_matrix(y_bar_smem) * _rows(first_Q, plan.P)).astype(c_smem.dtype)
     (state_smem,) = state_ring.wait(h)
-    outer_QP = _product((Q, plan.P), c_smem, plgpu.transpose_ref(state_smem, (1, 0)))
-    c_bar_QN = _add_product(c_bar_QN, first_QP.astype(c_smem.dtype), state_smem)
+    c_bar_QN = _add_product(c_bar_QN, first_QP, state_smem)
+    if not plan.wide:
+      _write_sums([_outer(c_smem, state_smem, y_bar_smem, first_Q, plan)], sums_smem, out(h))
     state_ring.free(h)
-    _write_sums([jnp.sum(first_QP * outer_QP, axis=1)], sums_smem, out(h))
+    x_ring.free(h)
     return c_bar_QN
 
   c_bar_QN = jax.lax.fori_loop(0, plan.heads, step, _zeros((Q, plan.N)))
@@ -296,12 +316,13 @@ def _source_side(rings, sources, sums_smem, out, plan):
     last_S = plgpu.load(rows_smem, (ROWS.index("last"),), layout=BY_ROW)
     last_SP = (_matrix(x_smem) * _rows(dt_S * last_S, plan.P)).astype(x_smem.dtype)
     x_ring.free(h)
-    (bar_smem,), (state_smem,) = bar_ring.wait(h), state_ring.wait(h)
-    whole_P = _inner(state_smem, bar_smem, plan)
-    state_ring.free(h)
+    (bar_smem,) = bar_ring.wait(h)
     b_bar_SN = _add_product(b_bar_SN, last_SP, bar_smem)
+    if not plan.wide:
+      (state_smem,) = state_ring.wait(h)
+      _write_sums([_inner(state_smem, bar_smem, plan)], sums_smem, out(h))
+      state_ring.free(h)
     bar_ring.free(h)
-    _write_sums([whole_P], sums_smem, out(h))
     for ring, source in zip(reversed(rings), reversed(sources), strict=True):
       ring.reload(h, plan.heads, source)
     return b_bar_SN
@@ -311,10 +332,16 @@ def _source_side(rings, sources, sums_smem, out, plan):
   return b_bar_SN
 
 
+def _outer(c_smem, state_smem, y_bar_smem, first_Q, plan):
+  """Returns y_bar times what the state before gives to y, summed over P, by position."""
+  outer_QP = _product((Q, plan.P), c_smem, _transposed(state_smem))
+  return first_Q * jnp.sum(_matrix(y_bar_smem) * outer_QP, axis=1)
+
+
 def _inner(state_smem, bar_smem, plan):
   """Returns 64 numbers whose sum is that of state times state_bar."""
   whole_P = jnp.zeros((64,), jnp.float32)
-  width = min(64, plan.N)
+  width = min(plan.N, max(32, state_swizzle(plan.P, plan.N, state_smem.dtype) // 2))
   for start, seen in row_tiles(plan.P):
     for column in range(0, plan.N, width):
       at = (pl.ds(start, 64), pl.ds(column, width))
@@ -327,62 +354,79 @@ def _inner(state_smem, bar_smem, plan):
 
 
 def _pair_side(rings, group, smem, out, plan):
-  """Returns cb_bar_SQ; writes x_bar and the `PAIR_SUMS` of every head."""
-  x_ring, _, bar_ring = rings
+  """Leaves cb_bar_SQ in shared memory; writes x_bar and the other `SUMS` of every head."""
+  x_ring, state_ring, bar_ring = rings
   b_smem, c_smem, run_smem = group
-  x_bar_smem, sums_smem = smem
+  x_bar_smem, sums_smem, cb_bar_smem = smem
   x_bar_out, sums_out = out
   dtype = x_bar_smem.dtype
-  seen_SQ = _seen(run_smem)
-  cb_SQ = _product((Q, Q), b_smem, plgpu.transpose_ref(c_smem, (1, 0)))
-  cb_SQ = jnp.where(seen_SQ, cb_SQ, 0.0)
+  cb_halves = tuple(
+    jnp.where(_seen(run_smem, half), _product(SQ, b_smem, _transposed(c_smem.at[half])), 0.0)
+    for half in HALVES
+  )
 
-  def step(h, cb_bar_SQ):
+  def step(h, cb_bar_halves):
     x_smem, y_bar_smem, rows_smem = x_ring.wait(h)
 
-    def row(name, layout=BY_ROW):
-      return plgpu.load(rows_smem, (ROWS.index(name),), layout=layout)
+    def row(name):
+      return plgpu.load(rows_smem, (ROWS.index(name),), layout=BY_ROW)
 
-    # Pairs out of order decay by 1 here; cb_SQ has zeros there, and cb_bar_SQ gets them below.
-    log_SQ = _columns(row("sum", BY_COLUMN), Q) - _rows(row("sum"), Q)
-    decay_SQ = jnp.exp2(jnp.minimum(log_SQ, 0.0))
-    mix_SQ = cb_SQ * decay_SQ
-    dot_SQ = _product((Q, Q), x_smem, plgpu.transpose_ref(y_bar_smem, (1, 0)))
-    mix_bar_SQ = dot_SQ * _rows(row("dt"), Q)
-    cb_bar_SQ += mix_bar_SQ * decay_SQ
-    both_SQ = mix_SQ * mix_bar_SQ
-    sums = [jnp.sum(both_SQ, axis=0), jnp.sum(both_SQ, axis=1)]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    mixes, cb_bars, into_S = [], [], jnp.zeros((Q,), jnp.float32)
+    for half, cb_SQ, cb_bar_SQ in zip(HALVES, cb_halves, cb_bar_halves, strict=True):
+      sum_Q = plgpu.load(rows_smem, (ROWS.index("sum"), half), layout=BY_COLUMN)
+      # Pairs out of order decay by 1 here; cb has zeros there, and cb_bar gets them at the end.
+      log_SQ = jax.lax.broadcast_in_dim(sum_Q, SQ, [1]) - _rows(row("sum"), SQ[1])
+      decay_SQ = jnp.exp2(jnp.minimum(log_SQ, 0.0))
+      mixes.append((cb_SQ * decay_SQ).astype(dtype))
+      dot_SQ = _product(SQ, x_smem, _transposed(y_bar_smem.at[half]))
+      part_SQ = dot_SQ * _rows(row("dt"), SQ[1]) * decay_SQ
+      cb_bars.append(cb_bar_SQ + part_SQ)
+      both_SQ = cb_SQ * part_SQ
+      sums_smem[SUMS.index("from"), half] = jnp.sum(both_SQ, axis=0)
+      into_S += jnp.sum(both_SQ, axis=1)
+    skip_S = jnp.sum(_matrix(y_bar_smem) * _matrix(x_smem), axis=1)
+    through = ()
     (bar_smem,) = bar_ring.wait(h)
-    outer_SP = _product((Q, plan.P), b_smem, plgpu.transpose_ref(bar_smem, (1, 0)))
+    if plan.wide:
+      (state_smem,) = state_ring.wait(h)
+      through = (
+        _outer(c_smem, state_smem, y_bar_smem, row("first"), plan),
+        _inner(state_smem, bar_smem, plan),
+      )
+      state_ring.free(h)
+    outer_SP = _product((Q, plan.P), b_smem, _transposed(bar_smem))
     bar_ring.free(h)
     outer_SP *= _rows(row("last"), plan.P)
-    x_SP = _matrix(x_smem)
-    last_S = row("dt") * jnp.sum(x_SP * outer_SP, axis=1)
-    u_bar_SP = _add_product(outer_SP, mix_SQ.astype(dtype), y_bar_smem)
-    y_bar_SP = _matrix(y_bar_smem)
-    sums += [jnp.sum(u_bar_SP * x_SP, axis=1), jnp.sum(y_bar_SP * x_SP, axis=1), last_S]
-    x_bar_SP = u_bar_SP * _rows(row("dt"), plan.P) + y_bar_SP * _rows(row("skip"), plan.P)
+    last_S = row("dt") * jnp.sum(_matrix(x_smem) * outer_SP, axis=1)
+    u_bar_SP = outer_SP
+    for half, mix_SQ in zip(HALVES, mixes, strict=True):
+      u_bar_SP = _add_product(u_bar_SP, mix_SQ, y_bar_smem.at[half])
+    share_S = jnp.sum(_matrix(x_smem) * u_bar_SP, axis=1)
+    x_bar_SP = u_bar_SP * _rows(row("dt"), plan.P)
+    x_bar_SP += _matrix(y_bar_smem) * _rows(row("skip"), plan.P)
     x_ring.free(h)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     x_bar_smem[...] = x_bar_SP.astype(dtype)
-    for i, sum_Q in enumerate(sums):
-      sums_smem[i] = sum_Q
+    for i, sum_S in enumerate((into_S, share_S, skip_S, last_S, *through)):
+      sums_smem[1 + i] = sum_S
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_bar_smem, x_bar_out(h))
     plgpu.copy_smem_to_gmem(sums_smem, sums_out(h))
-    return cb_bar_SQ
+    return tuple(cb_bars)
 
-  cb_bar_SQ = jax.lax.fori_loop(0, plan.heads, step, _zeros((Q, Q)))
-  return jnp.where(_seen(run_smem), cb_bar_SQ, 0.0)
+  cb_bar_halves = jax.lax.fori_loop(0, plan.heads, step, (_zeros(SQ),) * len(HALVES))
+  for half, cb_bar_SQ in zip(HALVES, cb_bar_halves, strict=True):
+    cb_bar_smem[:, half] = jnp.where(_seen(run_smem, half), cb_bar_SQ, 0.0).astype(dtype)
 
 
-def _seen(run_smem):
-  """Returns where a source S reaches a target Q: not after it, and in its run."""
+def _seen(run_smem, half):
+  """Returns where a source S reaches a target Q of the `half`: not after it, and in its run."""
   source_SQ, target_SQ = (
-    plgpu.broadcasted_iota(jnp.int32, (Q, Q), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+    plgpu.broadcasted_iota(jnp.int32, SQ, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
   )
-  run_S, run_Q = (plgpu.load(run_smem, (), layout=layout) for layout in (BY_ROW, BY_COLUMN))
-  return (source_SQ <= target_SQ) & (_rows(run_S, Q) == _columns(run_Q, Q))
+  run_S, run_Q = plgpu.load(run_smem, (), layout=BY_ROW), run_smem.at[half]
+  run_Q = jax.lax.broadcast_in_dim(plgpu.load(run_Q, (), layout=BY_COLUMN), SQ, [1])
+  return (source_SQ <= target_SQ + half.start) & (_rows(run_S, SQ[1]) == run_Q)
 
 
 def _matrix(smem):
@@ -395,9 +439,8 @@ def _rows(v_Q, width):
   return jax.lax.broadcast_in_dim(v_Q, (Q, width), [0])
 
 
-def _columns(v_Q, height):
-  """Returns `v_Q` along the columns of a matrix of `height` rows."""
-  return jax.lax.broadcast_in_dim(v_Q, (height, Q), [1])
+def _transposed(smem):
+  return plgpu.transpose_ref(smem, (1, 0))
 
 
 def _zeros(shape):
