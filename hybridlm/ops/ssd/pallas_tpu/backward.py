@@ -67,7 +67,7 @@ def backward(
       compiler_params=tile.compiler_params(),
       cost_estimate=tile.cost(
         table.matmul_flops(positions, G * H, G, cut)[1], positions * G * H * table.TILE,
-        shapes, [v for _, v in made]),
+        [v for _, v in given + made]),
       interpret=interpret,
       name="ssd_backward",
     )(*(v for _, v in given))
@@ -115,7 +115,7 @@ def _kernel(x, dt, b, c, a, skip, kept, y_bar, first, *rest, cut, resets):
     at = tile.at(m)
     return tile.decay(dt[:, at], a[...], None if run is None else run[:, at], x.dtype)
 
-  state[0] = kept[...]
+  state[0] = kept[...].T if cut.N % table.LANES else kept[...]
 
   @pl.loop(0, cut.tiles)
   def _(m):

@@ -27,9 +27,9 @@ def forward(
 ) -> tuple[Float[Array, "B L G H P"], Float[Array, "B G H P N"], tuple[Array, ...]]:
   """Returns y in x's dtype, the state after the last token, and with `keep` what backward wants.
 
-  That is state_BCKHPN, the float32 states before every chunk, H and P merged. `fresh_BL` tells
-  where the state is dropped, None is nowhere. `chunk` is rounded up to whole tiles. `interpret`
-  runs the kernel's body on any platform.
+  That are the float32 states before every chunk, state_BCKHPN with H and P merged (state_BCKNHP
+  where N would not fill the lanes). `fresh_BL` tells where the state is dropped, None is nowhere.
+  `chunk` is rounded up to whole tiles. `interpret` runs the kernel's body on any platform.
   Raises ValueError for sizes without blocks that fit in VMEM.
   Source: Mamba-2 (arXiv 2405.21060), section 6, the block decomposition.
   """
@@ -50,7 +50,7 @@ def forward(
     ("last state", jax.ShapeDtypeStruct((B, K, cut.rows, cut.N), jnp.float32)),
   ]
   if keep:
-    made.append(("kept", jax.ShapeDtypeStruct((B, C, K, cut.rows, cut.N), jnp.float32)))
+    made.append(("kept", jax.ShapeDtypeStruct((B, C, K, *cut.kept), jnp.float32)))
   positions = B * C * cut.chunk
   y_BKHPL, state_BKHPN, *kept = pl.pallas_call(
     functools.partial(_kernel, cut=cut, resets=fresh_BL is not None, keep=keep),
@@ -66,7 +66,7 @@ def forward(
     compiler_params=tile.compiler_params(),
     cost_estimate=tile.cost(
       table.matmul_flops(positions, G * H, G, cut)[0], positions * G * H * table.TILE,
-      [v for _, v in given], [v for _, v in made]),
+      [v for _, v in given + made]),
     interpret=interpret,
     name="ssd_forward",
   )(*(v for _, v in given))
@@ -88,7 +88,7 @@ def _kernel(x, dt, b, c, a, skip, first, *rest, cut, resets, keep):
     state[k] = first[...]
 
   if keep:
-    kept[...] = state[k]
+    kept[...] = state[k].T if cut.N % table.LANES else state[k]
 
   @pl.loop(0, cut.tiles)
   def _(m):

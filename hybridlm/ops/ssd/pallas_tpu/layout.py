@@ -98,7 +98,7 @@ def specs(cut: Blocks, C: int, *, reverse: bool) -> dict[str, pl.BlockSpec]:
     "group": spec((None, None, cut.N, Q), lambda b, g, c, k: (b, g, 0, chunk(c))),
     "runs": spec((None, 1, Q), lambda b, g, c, k: (b, 0, chunk(c))),
     "kept": spec(
-      (None, None, None, cut.rows, cut.N), lambda b, g, c, k: (b, chunk(c), block(g, k), 0, 0)),
+      (None, None, None, *cut.kept), lambda b, g, c, k: (b, chunk(c), block(g, k), 0, 0)),
     "head": spec((None, cut.heads, 1), lambda b, g, c, k: (block(g, k), 0, 0)),
     "first state": spec((None, None, cut.rows, cut.N), first),
     "last state": spec((None, None, cut.rows, cut.N), last),

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 LANES, SUBLANES = 128, 8
 # Positions whose Q x Q products are formed at once: one side of the matrix unit.
@@ -36,6 +36,11 @@ class Blocks(NamedTuple):
     """Returns the channels of all heads in a block."""
     return self.heads * self.P
 
+  @property
+  def kept(self) -> tuple[int, int]:
+    """Returns the shape of a kept state: turned where N would not fill the lanes in HBM."""
+    return (self.N, self.rows) if self.N % LANES else (self.rows, self.N)
+
 
 def default_chunk(G: int, H: int, P: int, N: int, dtype: jax.typing.DTypeLike) -> int:
   """Returns the positions in a chunk: the most, up to 512, whose blocks fit in VMEM."""
@@ -55,7 +60,7 @@ def blocks(H: int, P: int, N: int, dtype: jax.typing.DTypeLike, chunk: int) -> B
 
 
 def refusal(
-  x_BLGHP: Float[Array, "B L G H P"], b_BLGN: Float[Array, "B L G N"], *, chunk: int
+  x_BLGHP: Array | jax.ShapeDtypeStruct, b_BLGN: Array | jax.ShapeDtypeStruct, *, chunk: int
 ) -> str | None:
   """Returns in one line why the kernels cannot run these sizes and dtypes, or None."""
   for name, array in (("x_BLGHP", x_BLGHP), ("b_BLGN", b_BLGN)):

@@ -94,7 +94,7 @@ def compiler_params() -> pltpu.CompilerParams:
   )
 
 
-def cost(flops: int, exps: int, given: Iterable[Array], made: Iterable[Array]) -> pl.CostEstimate:
-  """Returns what XLA is told of a kernel: it reads and writes every array once."""
-  moved = sum(v.size * v.dtype.itemsize for v in (*given, *made))
+def cost(flops: int, exps: int, arrays: Iterable[Array | jax.ShapeDtypeStruct]) -> pl.CostEstimate:
+  """Returns what XLA is told of a kernel: it reads or writes each of `arrays` once."""
+  moved = sum(v.size * v.dtype.itemsize for v in arrays)
   return pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved)
