@@ -73,9 +73,8 @@ def compile_one(job, target: Target, sharding, known: dict[str, dict]) -> tuple[
   if target.platform == "tpu":
     kernels = ahead_reports.tpu_kernels(compiled.as_text())
   else:
-    fresh = ahead_reports.gpu_kernels(text)
     calls = ahead_reports.gpu_calls(compiled.as_text())
-    known = known | {key: fresh[name] for name, key in calls if name in fresh}
+    known = ahead_reports.known_kernels(calls, ahead_reports.gpu_kernels(text), known)
     kernels = [known[key] for _, key in calls]
   memory = compiled.memory_analysis()
   return {

@@ -147,14 +147,14 @@ def ahead(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def kernels(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns each kernel of a program with the most that it takes at any length."""
-  most: dict[str, dict[str, int]] = {}
+  """Returns each kernel of a program, by its place, with the most that it takes at any length."""
+  most: dict[tuple[int, str], dict[str, int]] = {}
   for row in rows:
-    for kernel in row["kernels"]:
+    for place, kernel in enumerate(row["kernels"]):
       numbers = {key: value for key, value in kernel.items() if key != "name"}
-      before = most.setdefault(kernel["name"], numbers)
-      most[kernel["name"]] = {key: max(value, before[key]) for key, value in numbers.items()}
-  return "; ".join(f"{name} {_words(numbers)}" for name, numbers in most.items()) or "none"
+      before = most.setdefault((place, kernel["name"]), numbers)
+      most[place, kernel["name"]] = {key: max(v, before[key]) for key, v in numbers.items()}
+  return "; ".join(f"{name} {_words(numbers)}" for (_, name), numbers in most.items()) or "none"
 
 
 def _words(numbers: Mapping[str, int]) -> str:

@@ -10,11 +10,13 @@ HLO = """HloModule jit_f, is_scheduled=true
   %fusion.2 = bf16[8,128]{1,0} fusion(%a), kind=kLoop, backend_config={"used_scoped_memory_\
 configs":[{"memory_space":"1","offset":"0","size":"777"}]}
   %ssd_forward.1 = (f32[8,128]{1,0:T(8,128)}, f32[8]{0}) custom-call(%a, %b), custom_call_target=\
-"tpu_custom_call", operand_layout_constraints={f32[8,128]{1,0}}, backend_config={"flag_configs":[],\
+"tpu_custom_call", metadata={op_name="jit(f)/jvp(ssd_forward)/pallas_call"}, \
+backend_config={"flag_configs":[],\
 "custom_call_config":{"body":"TUzvUgFNTElS"},"used_scoped_memory_configs":[{"memory_space":"1",\
 "offset":"0","size":"4096"},{"memory_space":"5","offset":"0","size":"100"},{"memory_space":"1",\
 "offset":"4096","size":"1000"}],"retry_config":{"retry_count":"0"}}
   ROOT %ssd_backward = f32[8,128]{1,0} custom-call(%c), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/transpose(jvp(ssd_backward))/pallas_call" stack_frame_id=3}, \
 backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"321"}]}
 """
 # As ptxas and the launch code are printed of two kernels, the first with spills.
@@ -54,15 +56,15 @@ def test_the_vmem_of_a_tpu_kernel_is_its_scoped_memory_and_not_that_of_fusions_o
 
 
 def test_a_tpu_kernel_whose_vmem_was_not_printed_is_an_error_and_not_zero():
-  with pytest.raises(ValueError, match="no scoped memory of the kernel ssd_backward"):
+  with pytest.raises(ValueError, match="without a name and scoped memory"):
     ahead_reports.tpu_kernels(HLO.replace('backend_config={"used_scoped', 'backend_config={"other'))
 
 
 def test_registers_spills_threads_and_shared_memory_are_those_of_their_own_kernel():
-  assert ahead_reports.gpu_kernels(PRINTED) == {
-    "first": {"name": "first", "registers": 255, "spills": 132, "threads": 384, "shared": 131072},
-    "second": {"name": "second", "registers": 90, "spills": 0, "threads": 256, "shared": 65536},
-  }
+  assert ahead_reports.gpu_kernels(PRINTED) == [
+    {"name": "first", "registers": 255, "spills": 132, "threads": 384, "shared": 131072},
+    {"name": "second", "registers": 90, "spills": 0, "threads": 256, "shared": 65536},
+  ]
 
 
 @pytest.mark.parametrize("line, what", [
@@ -76,9 +78,14 @@ def test_a_gpu_kernel_of_which_something_was_not_printed_is_an_error(line, what)
     ahead_reports.gpu_kernels("\n".join(kept))
 
 
-def test_two_gpu_kernels_of_one_name_cannot_be_told_apart():
-  with pytest.raises(ValueError, match="two GPU kernels of one program have the name first"):
-    ahead_reports.gpu_kernels(PRINTED.replace("second_mosaic", "first_mosaic"))
+def test_kernels_are_told_apart_by_hash_and_of_one_name_by_order():
+  old, one, two = {"name": "k", "registers": 1}, {"name": "k"}, {"name": "k", "registers": 3}
+  calls = [("k", "a"), ("other", "d"), ("k", "b"), ("k", "c"), ("k", "b")]
+  printed = [one, {"name": "other"}, two]
+  found = ahead_reports.known_kernels(calls, printed, {"a": old})
+  assert found == {"a": old, "b": one, "c": two, "d": {"name": "other"}}
+  with pytest.raises(ValueError, match="printed nothing of the kernel k"):
+    ahead_reports.known_kernels(calls, printed[1:], {"a": old})
 
 
 def test_a_called_gpu_kernel_has_the_name_in_front_of_its_primitive_and_its_hash():
