@@ -81,6 +81,12 @@ class Plan(NamedTuple):
     return self.N > 128
 
   @property
+  def parts(self) -> list:
+    """Slices of P that one step of a side takes: all of it unless registers are short."""
+    width = 32 if self.wide else self.P
+    return [pl.ds(i, min(width, self.P - i)) for i in range(0, self.P, width)]
+
+  @property
   def pair_sums(self) -> int:
     """How many of `SUMS` the pair side makes."""
     return len(SUMS) if self.wide else SUMS.index("first")
@@ -162,8 +168,8 @@ def _scratch(plan: Plan, dtype) -> dict:
     "rows_smem": plgpu.SMEM((plan.x_depth, len(ROWS), Q), jnp.float32),
     "state_smem": plgpu.SMEM((plan.state_depth, P, N), dtype, transforms=n_tiles),
     "bar_smem": plgpu.SMEM((plan.bar_depth, P, N), dtype, transforms=n_tiles),
-    "b_smem": plgpu.SMEM((Q, N), dtype, transforms=n_tiles),
-    "c_smem": plgpu.SMEM((Q, N), dtype, transforms=n_tiles),
+    "b_smem": plgpu.SMEM((1, Q, N), dtype, transforms=n_tiles),
+    "c_smem": plgpu.SMEM((1, Q, N), dtype, transforms=n_tiles),
     "run_smem": plgpu.SMEM((Q,), jnp.float32),
     "cb_bar_smem": plgpu.SMEM((Q, Q), dtype, transforms=n_tiles),
     "x_bar_smem": plgpu.SMEM((Q, P), dtype, transforms=x_tiles),
@@ -229,7 +235,7 @@ def _kernel(
     )
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)
-    c_bar_QN = _add_product(c_bar_QN, _transposed(cb_bar_smem), b_smem)
+    c_bar_QN = _add_product(c_bar_QN, _transposed(cb_bar_smem), b_smem.at[0])
     _write(c_bar_QN, state_smem.at[0, pl.ds(0, Q)], c_bar_ref.at[place.batch, tokens, place.group])
 
   def source():
@@ -243,8 +249,8 @@ def _kernel(
       return ((x_ref.at[at], y_bar_ref.at[at], rows), (state_ref.at[states],),
               (bar_ref.at[states],))[ring]
 
-    plgpu.copy_gmem_to_smem(b_ref.at[place.batch, tokens, place.group], b_smem, group_loaded)
-    plgpu.copy_gmem_to_smem(c_ref.at[place.batch, tokens, place.group], c_smem, group_loaded)
+    plgpu.copy_gmem_to_smem(b_ref.at[place.batch, tokens, place.group], b_smem.at[0], group_loaded)
+    plgpu.copy_gmem_to_smem(c_ref.at[place.batch, tokens, place.group], c_smem.at[0], group_loaded)
     plgpu.copy_gmem_to_smem(run_ref.at[place.batch, place.chunk], run_smem, group_loaded)
     sources = [functools.partial(sources, i) for i in range(len(rings))]
     for ring, source in zip(rings, sources, strict=True):
@@ -257,7 +263,7 @@ def _kernel(
     )
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)
-    b_bar_SN = _add_product(b_bar_SN, cb_bar_smem, c_smem)
+    b_bar_SN = _add_product(b_bar_SN, cb_bar_smem, c_smem.at[0])
     _write(b_bar_SN, bar_smem.at[0, pl.ds(0, Q)], b_bar_ref.at[place.batch, tokens, place.group])
 
   def pair():
@@ -292,11 +298,11 @@ def _query_side(rings, c_smem, sums_smem, out, plan):
   def step(h, c_bar_QN):
     _, y_bar_smem, rows_smem = x_ring.wait(h)
     first_Q = plgpu.load(rows_smem, (ROWS.index("first"),), layout=BY_ROW)
-    first_QP = (_matrix(y_bar_smem) * _rows(first_Q, plan.P)).astype(c_smem.dtype)
     (state_smem,) = state_ring.wait(h)
-    c_bar_QN = _add_product(c_bar_QN, first_QP, state_smem)
+    for part in plan.parts:
+      c_bar_QN = _add_product(c_bar_QN, _scaled(y_bar_smem.at[:, part], first_Q), state_smem.at[part])
     if not plan.wide:
-      _write_sums([_outer(c_smem, state_smem, y_bar_smem, first_Q, plan)], sums_smem, out(h))
+      _write_sums([_outer(c_smem, state_smem, y_bar_smem, first_Q)], sums_smem, out(h))
     state_ring.free(h)
     x_ring.free(h)
     return c_bar_QN
@@ -314,10 +320,10 @@ def _source_side(rings, sources, sums_smem, out, plan):
     x_smem, _, rows_smem = x_ring.wait(h)
     dt_S = plgpu.load(rows_smem, (ROWS.index("dt"),), layout=BY_ROW)
     last_S = plgpu.load(rows_smem, (ROWS.index("last"),), layout=BY_ROW)
-    last_SP = (_matrix(x_smem) * _rows(dt_S * last_S, plan.P)).astype(x_smem.dtype)
-    x_ring.free(h)
     (bar_smem,) = bar_ring.wait(h)
-    b_bar_SN = _add_product(b_bar_SN, last_SP, bar_smem)
+    for part in plan.parts:
+      b_bar_SN = _add_product(b_bar_SN, _scaled(x_smem.at[:, part], dt_S * last_S), bar_smem.at[part])
+    x_ring.free(h)
     if not plan.wide:
       (state_smem,) = state_ring.wait(h)
       _write_sums([_inner(state_smem, bar_smem, plan)], sums_smem, out(h))
@@ -332,9 +338,9 @@ def _source_side(rings, sources, sums_smem, out, plan):
   return b_bar_SN
 
 
-def _outer(c_smem, state_smem, y_bar_smem, first_Q, plan):
+def _outer(c_smem, state_smem, y_bar_smem, first_Q):
   """Returns y_bar times what the state before gives to y, summed over P, by position."""
-  outer_QP = _product((Q, plan.P), c_smem, _transposed(state_smem))
+  outer_QP = _over_states(c_smem, state_smem)
   return first_Q * jnp.sum(_matrix(y_bar_smem) * outer_QP, axis=1)
 
 
@@ -361,19 +367,20 @@ def _pair_side(rings, group, smem, out, plan):
   x_bar_out, sums_out = out
   dtype = x_bar_smem.dtype
   cb_halves = tuple(
-    jnp.where(_seen(run_smem, half), _product(SQ, b_smem, _transposed(c_smem.at[half])), 0.0)
+    jnp.where(_seen(run_smem, half), _over_states(b_smem, c_smem.at[0, half]), 0.0)
     for half in HALVES
   )
 
   def step(h, cb_bar_halves):
-    x_smem, y_bar_smem, rows_smem = x_ring.wait(h)
+    (x_smem, y_bar_smem, rows_smem), (bar_smem,) = x_ring.wait(h), bar_ring.wait(h)
 
     def row(name):
       return plgpu.load(rows_smem, (ROWS.index(name),), layout=BY_ROW)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     mixes, cb_bars, into_S = [], [], jnp.zeros((Q,), jnp.float32)
-    for half, cb_SQ, cb_bar_SQ in zip(HALVES, cb_halves, cb_bar_halves, strict=True):
+    for i, half in enumerate(HALVES):
+      cb_SQ = cb_halves[i]
       sum_Q = plgpu.load(rows_smem, (ROWS.index("sum"), half), layout=BY_COLUMN)
       # Pairs out of order decay by 1 here; cb has zeros there, and cb_bar gets them at the end.
       log_SQ = jax.lax.broadcast_in_dim(sum_Q, SQ, [1]) - _rows(row("sum"), SQ[1])
@@ -381,21 +388,18 @@ def _pair_side(rings, group, smem, out, plan):
       mixes.append((cb_SQ * decay_SQ).astype(dtype))
       dot_SQ = _product(SQ, x_smem, _transposed(y_bar_smem.at[half]))
       part_SQ = dot_SQ * _rows(row("dt"), SQ[1]) * decay_SQ
-      cb_bars.append(cb_bar_SQ + part_SQ)
+      cb_bars.append(cb_bar_halves[i] + part_SQ)
       both_SQ = cb_SQ * part_SQ
       sums_smem[SUMS.index("from"), half] = jnp.sum(both_SQ, axis=0)
       into_S += jnp.sum(both_SQ, axis=1)
     skip_S = jnp.sum(_matrix(y_bar_smem) * _matrix(x_smem), axis=1)
-    through = ()
-    (bar_smem,) = bar_ring.wait(h)
     if plan.wide:
       (state_smem,) = state_ring.wait(h)
-      through = (
-        _outer(c_smem, state_smem, y_bar_smem, row("first"), plan),
-        _inner(state_smem, bar_smem, plan),
-      )
+      sum_Q = _outer(c_smem, state_smem, y_bar_smem, row("first"))
+      sums_smem[SUMS.index("first")] = sum_Q
+      sums_smem[SUMS.index("whole")] = _inner(state_smem, bar_smem, plan)
       state_ring.free(h)
-    outer_SP = _product((Q, plan.P), b_smem, _transposed(bar_smem))
+    outer_SP = _over_states(b_smem, bar_smem)
     bar_ring.free(h)
     outer_SP *= _rows(row("last"), plan.P)
     last_S = row("dt") * jnp.sum(_matrix(x_smem) * outer_SP, axis=1)
@@ -407,7 +411,8 @@ def _pair_side(rings, group, smem, out, plan):
     x_bar_SP += _matrix(y_bar_smem) * _rows(row("skip"), plan.P)
     x_ring.free(h)
     x_bar_smem[...] = x_bar_SP.astype(dtype)
-    for i, sum_S in enumerate((into_S, share_S, skip_S, last_S, *through)):
+    sums = into_S, share_S, skip_S, last_S
+    for i, sum_S in enumerate(sums):
       sums_smem[1 + i] = sum_S
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_bar_smem, x_bar_out(h))
@@ -434,6 +439,11 @@ def _matrix(smem):
   return plgpu.load(smem, (), layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
 
 
+def _scaled(smem, v_Q):
+  """Returns a buffer's rows times `v_Q`, ready to multiply."""
+  return (_matrix(smem) * _rows(v_Q, smem.shape[1])).astype(smem.dtype)
+
+
 def _rows(v_Q, width):
   """Returns `v_Q` along the rows of a matrix of `width` columns."""
   return jax.lax.broadcast_in_dim(v_Q, (Q, width), [0])
@@ -455,6 +465,16 @@ def _product(shape, left, right):
     return acc[...]
 
   return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _over_states(left, right):
+  """Returns left @ right^T, summed over the N columns of both; `left` has one slot.
+
+  Behind a barrier its slot is no constant, so that addresses are made where they are used: kept
+  in registers across the loop over heads they would be as many as N / 4.
+  """
+  left = left.at[jax.lax.optimization_barrier(jnp.int32(0))]
+  return _product((left.shape[0], right.shape[0]), left, _transposed(right))
 
 
 def _add_product(acc, left, right):
