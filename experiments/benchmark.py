@@ -4,7 +4,6 @@ python -m experiments.benchmark --config=configs/benchmark_ssd.py [--out=FOLDER]
 """
 
 import pathlib
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +36,8 @@ def command(argv: Sequence[str]) -> str:
   """Returns the command line, without the folder that a peer lies in on this machine."""
   path = "--config.peers_path="
   told = [f"{path}FOLDER" if arg.startswith(path) else arg for arg in argv[1:]]
-  return shlex.join(["python", "-m", "experiments.benchmark", *told])
+  quoted = [f'"{arg}"' if set(arg) & set("()' ") else arg for arg in told]
+  return " ".join(["python -m experiments.benchmark", *quoted])
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def prepare(
     return Contender(label, chunk, reason=str(error))
   except (ValueError, RuntimeError) as error:
     reason = refused(error)
-    if name in peers.PEERS or reason is None:
+    # What a peer's name or path gets wrong is the user's mistake, not the peer's refusal.
+    if reason is None or (name in peers.PEERS and mistakes.is_mistake(error)):
       raise
     return Contender(label, chunk or 0, reason=reason)
 

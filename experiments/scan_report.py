@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -167,12 +168,14 @@ def _words(numbers: Mapping[str, int]) -> str:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-  """Returns rows as CSV, a column for each key that occurs; kernels as JSON-like text."""
+  """Returns rows as CSV, a column for each key that occurs; kernels as JSON."""
   columns = list(dict.fromkeys(key for row in rows for key in row))
   text = io.StringIO()
   writer = csv.DictWriter(text, columns, lineterminator="\n")
   writer.writeheader()
-  writer.writerows(rows)
+  writer.writerows(
+    {key: json.dumps(v) if isinstance(v, list) else v for key, v in row.items()} for row in rows
+  )
   return text.getvalue().encode()
 
 
@@ -218,7 +221,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
       ticks = sorted({row["L"] for row in rows if row["shape"] == shape})
       ax.set_xticks(ticks, [str(tick) for tick in ticks])
       ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-      ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+      for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        set_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
       ax.set_title(f"{shape}, {passes}", fontsize=9)
       ax.grid(alpha=0.3, which="both")
       ax.set_xlabel("tokens L")
