@@ -205,6 +205,8 @@ def _fetch(x_hbm, b_hbm, c_hbm, line_hbm, shared, place, tiles):
     plgpu.copy_gmem_to_smem(c_hbm.at[at, states], shared.c_ring.at[slot], fetched)
     plgpu.copy_gmem_to_smem(line_hbm.at[place.block, i], shared.line_ring.at[slot], fetched)
 
+  _drain(shared.consumed, place.L // table.CHUNK, tiles.stages)
+
 
 def _carry(first_hbm, last_hbm, kept_hbm, shared, place, tiles):
   """Takes the state through the chunks: state <- whole state + (last dt x)^T B.
@@ -245,12 +247,21 @@ def _carry(first_hbm, last_hbm, kept_hbm, shared, place, tiles):
   state_PN = jax.lax.fori_loop(0, place.L // table.CHUNK, step, state_PN)
   last_hbm.at[place.block][...] = state_PN
   plgpu.wait_smem_to_gmem(0)
+  _drain(shared.read, place.L // table.CHUNK, tiles.copies)
+
+
+def _drain(barriers, chunks, size):
+  """Waits for what nobody waited for: the last turns of a ring of `size` barriers."""
+
+  @pl.loop(max(chunks, size), chunks + size)
+  def _(i):
+    plgpu.barrier_wait(barriers.at[jax.lax.rem(i, jnp.int32(size))])
 
 
 def _ends(line):
   """Returns how much of dt x at a position, times dt, and of the state reaches the chunk's end."""
   sum_Q, dt_Q, end = _take(line, 0, DOWN), _take(line, 1, DOWN), line[0, table.CHUNK - 1]
-  last_Q, whole = jnp.exp2(end - sum_Q), jnp.exp2(end)
+  last_Q, whole = jnp.exp2(jnp.minimum(end - sum_Q, 0.0)), jnp.exp2(end)
   if line.shape[0] == 3:
     run = line[2, table.CHUNK - 1]
     last_Q = jnp.where(_take(line, 2, DOWN) == run, last_Q, 0.0)
