@@ -28,7 +28,7 @@ HALVES = pl.ds(0, Q // 2), pl.ds(Q // 2, Q // 2)
 QUERY, SOURCE, PAIR = range(3)
 SHARED_BYTES = 227 * 1024
 # Registers of a thread by side, for a `Plan` that is not and that is wide.
-REGISTERS = {False: (152, 168, 184), True: (168, 168, 168)}
+REGISTERS = {False: (152, 168, 184), True: (176, 176, 152)}
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -340,7 +340,7 @@ def _source_side(rings, sources, sums_smem, out, plan):
 
 def _outer(c_smem, state_smem, y_bar_smem, first_Q):
   """Returns y_bar times what the state before gives to y, summed over P, by position."""
-  outer_QP = _over_states(c_smem, state_smem)
+  outer_QP = _over_states(_only(c_smem), state_smem)
   return first_Q * jnp.sum(_matrix(y_bar_smem) * outer_QP, axis=1)
 
 
@@ -367,7 +367,7 @@ def _pair_side(rings, group, smem, out, plan):
   x_bar_out, sums_out = out
   dtype = x_bar_smem.dtype
   cb_halves = tuple(
-    jnp.where(_seen(run_smem, half), _over_states(b_smem, c_smem.at[0, half]), 0.0)
+    jnp.where(_seen(run_smem, half), _over_states(_only(b_smem), _only(c_smem).at[half]), 0.0)
     for half in HALVES
   )
 
@@ -399,7 +399,7 @@ def _pair_side(rings, group, smem, out, plan):
       sums_smem[SUMS.index("first")] = sum_Q
       sums_smem[SUMS.index("whole")] = _inner(state_smem, bar_smem, plan)
       state_ring.free(h)
-    outer_SP = _over_states(b_smem, bar_smem)
+    outer_SP = _over_states(_only(b_smem), bar_smem)
     bar_ring.free(h)
     outer_SP *= _rows(row("last"), plan.P)
     last_S = row("dt") * jnp.sum(_matrix(x_smem) * outer_SP, axis=1)
@@ -431,7 +431,9 @@ def _seen(run_smem, half):
   )
   run_S, run_Q = plgpu.load(run_smem, (), layout=BY_ROW), run_smem.at[half]
   run_Q = jax.lax.broadcast_in_dim(plgpu.load(run_Q, (), layout=BY_COLUMN), SQ, [1])
-  return (source_SQ <= target_SQ + half.start) & (_rows(run_S, SQ[1]) == run_Q)
+  # Behind a barrier, the answer is worked out twice instead of kept through the loop over heads.
+  start = jax.lax.optimization_barrier(jnp.int32(half.start))
+  return (source_SQ <= target_SQ + start) & (_rows(run_S, SQ[1]) == run_Q)
 
 
 def _matrix(smem):
@@ -468,13 +470,17 @@ def _product(shape, left, right):
 
 
 def _over_states(left, right):
-  """Returns left @ right^T, summed over the N columns of both; `left` has one slot.
-
-  Behind a barrier its slot is no constant, so that addresses are made where they are used: kept
-  in registers across the loop over heads they would be as many as N / 4.
-  """
-  left = left.at[jax.lax.optimization_barrier(jnp.int32(0))]
+  """Returns left @ right^T, summed over the N columns of both."""
   return _product((left.shape[0], right.shape[0]), left, _transposed(right))
+
+
+def _only(smem):
+  """Returns the one slot of a buffer, at an index that no compiler knows beforehand.
+
+  So wgmma's addresses in it are made where they are used: kept in registers across the loop over
+  heads they would be as many as N / 8.
+  """
+  return smem.at[jax.lax.optimization_barrier(jnp.int32(0))]
 
 
 def _add_product(acc, left, right):
