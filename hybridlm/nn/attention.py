@@ -11,6 +11,7 @@ from hybridlm.nn import cache
 from hybridlm.nn.cache import AttentionState
 from hybridlm.ops import attention_step
 from hybridlm.ops.attention import attend, rotate
+from hybridlm.ops.project import project
 
 
 def _turn(block, heads_BLE, position_L):
@@ -30,7 +31,7 @@ def _turn(block, heads_BLE, position_L):
 def _output(block, leaves, head_BLKJE):
   """Returns the output projection of the heads."""
   w_o_KJED = leaves["w_o_KJED"].astype(head_BLKJE.dtype)
-  y_BLD = jnp.tensordot(head_BLKJE, w_o_KJED, 3)
+  y_BLD = project(head_BLKJE, w_o_KJED, inputs=3)
   return y_BLD + leaves["b_o_D"].astype(head_BLKJE.dtype) if block.bias else y_BLD
 
 
@@ -49,9 +50,9 @@ def mix(
   is no norm inside.
   """
   cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
-  q_BLKJE = jnp.einsum("BLD,DKJE->BLKJE", x_BLD, cast["w_q_DKJE"])
-  k_BLKE = jnp.einsum("BLD,DKE->BLKE", x_BLD, cast["w_k_DKE"])
-  v_BLKE = jnp.einsum("BLD,DKE->BLKE", x_BLD, cast["w_v_DKE"])
+  q_BLKJE = project(x_BLD, cast["w_q_DKJE"])
+  k_BLKE = project(x_BLD, cast["w_k_DKE"])
+  v_BLKE = project(x_BLD, cast["w_v_DKE"])
   if block.bias:
     q_BLKJE = q_BLKJE + cast["b_q_KJE"]
     k_BLKE, v_BLKE = k_BLKE + cast["b_k_KE"], v_BLKE + cast["b_v_KE"]
@@ -83,7 +84,7 @@ def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
 
 def _project(block, leaves, x_BLD, position_L):
   """Returns q, k and v of a normed input, q and k turned."""
-  y_BL = jnp.einsum("BLD,Di->BLi", x_BLD, leaves["w_qkv"])
+  y_BL = project(x_BLD, leaves["w_qkv"])
   y_BL = y_BL + leaves["b_qkv"] if block.bias else y_BL
   keys = block.K * block.E
   q_BL, k_BL, v_BL = jnp.split(y_BL, [block.J * keys, (block.J + 1) * keys], axis=2)

@@ -10,6 +10,7 @@ from hybridlm.config import Mamba, ModelConfig
 from hybridlm.nn.cache import MambaState
 from hybridlm.ops import norm
 from hybridlm.ops.conv import causal_conv, causal_conv_step
+from hybridlm.ops.project import project
 from hybridlm.ops.ssd import step as recurrence
 from hybridlm.ops.ssd.api import ssd
 
@@ -33,19 +34,16 @@ def finish(
   cfg: ModelConfig,
   leaves: Mapping[str, jax.Array],
   y_BLGHP: Float[Array, "B L G H P"],
-  u_BLGHP: Float[Array, "B L G H P"],
   z_BLGHP: Float[Array, "B L G H P"],
   *,
   count_G: Float[Array, "G"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B L G H P"]]:
-  """Returns the output of the mixer and of its gated norm; `u_BLGHP` is what the scan has read."""
-  skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
-  y_BLGHP = (y_BLGHP.astype(jnp.float32) + skipped_BLGHP).astype(u_BLGHP.dtype)
+  """Returns the output of the mixer and of its gated norm; `y_BLGHP` is the scan's."""
   y_BLGHP = norm.gated_rms_norm(
     y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=count_G
   )
-  w_out_GHPD = leaves["w_out_GHPD"].astype(u_BLGHP.dtype)
-  return jnp.einsum("BLGHP,GHPD->BLD", y_BLGHP, w_out_GHPD), y_BLGHP
+  w_out_GHPD = leaves["w_out_GHPD"].astype(y_BLGHP.dtype)
+  return project(y_BLGHP, w_out_GHPD, inputs=3), y_BLGHP
 
 
 def mix(
@@ -64,13 +62,9 @@ def mix(
   channels in each group's gated norm.
   """
   cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
-  z_BLGHP = jnp.einsum("BLD,DGHP->BLGHP", x_BLD, cast["w_z_DGHP"])
-  x_BLGHP = jnp.einsum("BLD,DGHP->BLGHP", x_BLD, cast["w_x_DGHP"])
-  b_BLGN = jnp.einsum("BLD,DGN->BLGN", x_BLD, cast["w_b_DGN"])
-  c_BLGN = jnp.einsum("BLD,DGN->BLGN", x_BLD, cast["w_c_DGN"])
-  dt_BLGH = jnp.einsum(
-    "BLD,DGH->BLGH", x_BLD, cast["w_dt_DGH"], preferred_element_type=jnp.float32
-  )
+  z_BLGHP, x_BLGHP = project(x_BLD, cast["w_z_DGHP"]), project(x_BLD, cast["w_x_DGHP"])
+  b_BLGN, c_BLGN = project(x_BLD, cast["w_b_DGN"]), project(x_BLD, cast["w_c_DGN"])
+  dt_BLGH = project(x_BLD, cast["w_dt_DGH"], dtype=jnp.float32)
   seen = {"x_BLGHP": x_BLGHP, "z_BLGHP": z_BLGHP}
 
   def conv(array, stem, letters):
@@ -86,12 +80,13 @@ def mix(
     rates(leaves),
     conv(b_BLGN, "b", "GN"),
     conv(c_BLGN, "c", "GN"),
+    skip_GH=leaves["skip_GH"],
     segment_BL=segment_BL,
     impl=cfg.ssd,
     chunk=cfg.chunk,
   )
   count_G = (count or {}).get("count_G")
-  y_BLD, y_BLGHP = finish(cfg, leaves, y_BLGHP, u_BLGHP, z_BLGHP, count_G=count_G)
+  y_BLD, y_BLGHP = finish(cfg, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
   return y_BLD, seen | {"y_BLGHP": y_BLGHP}
 
 
@@ -117,9 +112,7 @@ def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
 
 def _project(block, leaves, x_BLD):
   """Returns z, the joined inputs of the convolutions, and dt before its bias in float32."""
-  y_BL = jnp.einsum(
-    "BLD,Di->BLi", x_BLD, leaves["w_in"], preferred_element_type=jnp.float32
-  )
+  y_BL = project(x_BLD, leaves["w_in"], dtype=jnp.float32)
   inner, state = block.G * block.H * block.P, block.G * block.N
   z_BL, conv_BL, dt_BL = jnp.split(y_BL, [inner, 2 * (inner + state)], axis=2)
   z_BLGHP = z_BL.reshape(*z_BL.shape[:2], block.G, block.H, block.P).astype(x_BLD.dtype)
@@ -160,9 +153,10 @@ def prefill(
   real_BL = jnp.arange(x_BLD.shape[1]) < length_B[:, None]
   dt_BLGH = jnp.where(real_BL[..., None, None], dt_BLGH, 0)
   y_BLGHP, ssm_BGHPN = ssd(
-    u_BLGHP, dt_BLGH, rates(leaves), b_BLGN, c_BLGN, impl=cfg.ssd, chunk=cfg.chunk
+    u_BLGHP, dt_BLGH, rates(leaves), b_BLGN, c_BLGN, skip_GH=leaves["skip_GH"], impl=cfg.ssd,
+    chunk=cfg.chunk,
   )
-  y_BLD, _ = finish(cfg, leaves, y_BLGHP, u_BLGHP, z_BLGHP)
+  y_BLD, _ = finish(cfg, leaves, y_BLGHP, z_BLGHP)
   last_BW = length_B[:, None] + jnp.arange(1 - block.W, 0)
   conv_BW = jnp.take_along_axis(conv_BL, jnp.maximum(last_BW, 0)[..., None], axis=1)
   return y_BLD, MambaState(jnp.where(last_BW[..., None] >= 0, conv_BW, 0), ssm_BGHPN)
@@ -189,5 +183,7 @@ def step(
   y_BGHP, ssm_BGHPN = recurrence.step(
     u_BLGHP[:, 0], dt_BLGH[:, 0], rates(leaves), *now, state.ssm_BGHPN
   )
-  y_BLD, _ = finish(cfg, leaves, y_BGHP[:, None], u_BLGHP, z_BLGHP)
+  skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
+  y_BLGHP = (y_BGHP[:, None] + skipped_BLGHP).astype(u_BLGHP.dtype)
+  y_BLD, _ = finish(cfg, leaves, y_BLGHP, z_BLGHP)
   return y_BLD, MambaState(conv_BW, ssm_BGHPN)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hybridlm.config import Mlp, ModelConfig
+from hybridlm.ops.project import project
 
 
 def mix(
@@ -24,15 +25,15 @@ def mix(
   see each other, so `segment_BL` is not used; nor is `count`, for there is no norm inside.
   """
   cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
-  up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, cast["w_up_DF"])
+  up_BLF = project(x_BLD, cast["w_up_DF"])
   if block.bias:
     up_BLF = up_BLF + cast["b_up_F"]
   if block.activation == "relu2":
     act_BLF = jnp.square(jax.nn.relu(up_BLF))
   else:
-    gate_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, cast["w_gate_DF"])
+    gate_BLF = project(x_BLD, cast["w_gate_DF"])
     act_BLF = jax.nn.silu(gate_BLF + cast["b_gate_F"] if block.bias else gate_BLF) * up_BLF
-  y_BLD = jnp.einsum("BLF,FD->BLD", act_BLF, cast["w_down_FD"])
+  y_BLD = project(act_BLF, cast["w_down_FD"])
   if block.bias:
     y_BLD = y_BLD + cast["b_down_D"]
   return y_BLD, {"up_BLF": up_BLF, "act_BLF": act_BLF}
@@ -58,12 +59,12 @@ def serve(
   block: Mlp, leaves: Mapping[str, jax.Array], x_BLD: Float[Array, "B L D"]
 ) -> Float[Array, "B L D"]:
   """Returns the layer's output for a normed input; `leaves` are `join`ed."""
-  y_BL = jnp.einsum("BLD,Di->BLi", x_BLD, leaves["w_in"])
+  y_BL = project(x_BLD, leaves["w_in"])
   y_BL = y_BL + leaves["b_in"] if block.bias else y_BL
   if block.activation == "relu2":
     act_BLF = jnp.square(jax.nn.relu(y_BL))
   else:
     gate_BLF, up_BLF = jnp.split(y_BL, 2, axis=2)
     act_BLF = jax.nn.silu(gate_BLF) * up_BLF
-  y_BLD = jnp.einsum("BLF,FD->BLD", act_BLF, leaves["w_down_FD"])
+  y_BLD = project(act_BLF, leaves["w_down_FD"])
   return y_BLD + leaves["b_down_D"] if block.bias else y_BLD

@@ -157,3 +157,42 @@ def test_a_count_that_is_traced_gives_one_program_for_all_counts(kind):
     want = rms(cut, gain_D[:size]) if kind == "rms" else standard(cut, gain_D[:size], bias_D[:size])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   assert compiled == [kind]
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer", "gated"])
+@pytest.mark.parametrize("counted", [False, True], ids=["all", "counted"])
+def test_gradients_of_the_norms_are_the_slopes_of_their_formulas(kind, counted):
+  count = 11.0 if counted else None
+  count_G = jnp.array([19.0, 13.0]) if counted else None
+  sizes = [19.0, 13.0] if counted else [H * P, H * P]
+
+  def formula(x, gain, other):
+    if kind == "gated":
+      u = x * other / (1 + np.exp(-other))
+      mean = np.sum(u**2, (-2, -1), keepdims=True) / np.reshape(sizes, (-1, 1, 1))
+      return u / np.sqrt(mean + EPS) * gain
+    centre = np.sum(x, -1, keepdims=True) / (count or D) if kind == "layer" else 0
+    v = x - centre
+    mean = np.sum(v**2, -1, keepdims=True) / (count or D)
+    return v / np.sqrt(mean + EPS) * gain + (other if kind == "layer" else 0)
+
+  def run(x, gain, other):
+    if kind == "gated":
+      return norm.gated_rms_norm(x, other, gain, eps=EPS, count_G=count_G)
+    if kind == "layer":
+      return norm.layer_norm(x, gain, other, eps=EPS, count=count)
+    return norm.rms_norm(x, gain, eps=EPS, count=count)
+
+  tail = (G, H, P) if kind == "gated" else (D,)
+  other = (B, L, *tail) if kind == "gated" else tail
+  arrays = [draw(*shape, seed=i) for i, shape in enumerate([(B, L, *tail), tail, other])]
+  weight, directions = draw(B, L, *tail, seed=3), [draw(*v.shape, seed=4) for v in arrays]
+  slopes = jax.jit(jax.grad(lambda v: jnp.sum(run(*v) * weight)))(arrays)
+  wide = [np.asarray(v, np.float64) for v in arrays]
+  for i, slope in enumerate(slopes):
+    moved = [
+      [v + (j == i) * step * np.float64(directions[j]) for j, v in enumerate(wide)]
+      for step in (1e-5, -1e-5)
+    ]
+    up, down = (np.sum(formula(*v) * np.float64(weight)) for v in moved)
+    assert np.sum(slope * directions[i]) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-4)

@@ -122,31 +122,35 @@ def backward(
   dot = functools.partial(_dot, operand=_operand(x_BLGHP.dtype, dtype), dtype=dtype)
 
   def step(k, carry):
-    state_bar_BGNHP, *bars = carry
+    state_bar_BGNHP, *bars, skip_bar_GH = carry
     i = turns - 1 - k
     take = functools.partial(_take, i=i, many=many, chunk=chunk)
     arrays = [take(v) for v in (x_BLGHP, b_BLGN, c_BLGN, y_bar_BLGHP)]
     state_BCGNHP = jax.lax.dynamic_slice_in_dim(kept_BCGNHP, i * many, many, axis=1)
-    state_bar_BGNHP, *now = _turn_back(
-      *arrays, jax.tree.map(take, decays), state_BCGNHP, state_bar_BGNHP, dot=dot
+    decay = jax.tree.map(take, decays)
+    state_bar_BGNHP, u_bar_BCGSHP, *now = _turn_back(
+      *arrays, decay, state_BCGNHP, state_bar_BGNHP, dot=dot
     )
-    return state_bar_BGNHP, *(_put(v, v_now, i) for v, v_now in zip(bars, now, strict=True))
+    x_BCGSHP, y_bar_BCGSHP = arrays[0].astype(dtype), arrays[3].astype(dtype)
+    share_BCGSH = _sum("bcgshp,bcgshp->bcgsh", x_BCGSHP, u_bar_BCGSHP)
+    skip_bar_GH += jnp.sum(_sum("bcgshp,bcgshp->bcgsh", x_BCGSHP, y_bar_BCGSHP), axis=(0, 1, 3))
+    x_bar_BCGSHP = u_bar_BCGSHP * decay.step_BLGH[..., None]
+    x_bar_BCGSHP += skip_GH[:, None, :, None] * y_bar_BCGSHP
+    now = (x_bar_BCGSHP, *now, share_BCGSH)
+    bars = (_put(v, v_now, i) for v, v_now in zip(bars, now, strict=True))
+    return state_bar_BGNHP, *bars, skip_bar_GH
 
-  zeros = (jnp.zeros(v.shape, dtype) for v in (x_BLGHP, b_BLGN, c_BLGN, dt_BLGH))
-  state_bar_BGNHP, u_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, cross_BLGH = jax.lax.fori_loop(
-    0, turns, step, (jnp.moveaxis(state_bar_BGHPN, 4, 2), *zeros)
+  zeros = [jnp.zeros_like(v) for v in (x_BLGHP, b_BLGN, c_BLGN, dt_BLGH, dt_BLGH)]
+  carry = (jnp.moveaxis(state_bar_BGHPN, 4, 2), *zeros, jnp.zeros_like(skip_GH))
+  state_bar_BGNHP, *bars, cross_BLGH, share_BLGH, skip_bar_GH = jax.lax.fori_loop(
+    0, turns, step, carry
   )
+  x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN = bars
   cross_BLGH = jnp.where(dt_BLGH * a_GH < LEAST_LOG, 0, cross_BLGH)
-  x_BLGHP, y_bar_BLGHP = x_BLGHP.astype(dtype), y_bar_BLGHP.astype(dtype)
-  return (
-    dt_BLGH[..., None] * u_bar_BLGHP + skip_GH[..., None] * y_bar_BLGHP,
-    cross_BLGH * a_GH + _sum("blghp,blghp->blgh", x_BLGHP, u_bar_BLGHP),
-    _sum("blgh,blgh->gh", cross_BLGH, dt_BLGH),
-    b_bar_BLGN,
-    c_bar_BLGN,
-    jnp.sum(_sum("blghp,blghp->blgh", x_BLGHP, y_bar_BLGHP), axis=(0, 1)),
-    jnp.moveaxis(state_bar_BGNHP, 2, 4),
-  )
+  dt_bar_BLGH = cross_BLGH * a_GH + share_BLGH
+  a_bar_GH = _sum("blgh,blgh->gh", cross_BLGH, dt_BLGH)
+  state_bar_BGHPN = jnp.moveaxis(state_bar_BGNHP, 2, 4)
+  return x_bar_BLGHP, dt_bar_BLGH, a_bar_GH, b_bar_BLGN, c_bar_BLGN, skip_bar_GH, state_bar_BGHPN
 
 
 def _turn_back(
