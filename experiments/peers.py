@@ -19,9 +19,9 @@ NAMES = ("x", "dt", "a", "b", "c")
 
 
 class Peer(NamedTuple):
-  """One peer: the package it needs, its framework, and `load(path, chunk) -> scan`."""
+  """One peer: the packages it needs, its framework, and `load(path, chunk) -> scan`."""
 
-  package: str
+  packages: tuple[str, ...]
   framework: str
   load: Callable[[str, int], Callable]
 
@@ -90,7 +90,7 @@ def _load_mamba_ssm(path, chunk):
   import torch
 
   if not torch.cuda.is_available():
-    raise Missing("mamba_ssm: its Triton kernels need a CUDA device")
+    raise Missing("mamba_ssm: its Triton kernels need a CUDA device that torch can use")
   folder = pathlib.Path(path, "mamba_ssm")
   if path and "mamba_ssm" not in sys.modules:
     if not (folder / "ops" / "triton" / "ssd_combined.py").is_file():
@@ -129,11 +129,11 @@ def _load_axlearn(path, chunk):
 
 
 PEERS: Mapping[str, Peer] = {
-  "listing": Peer("jax", "jax", _load_listing),
-  "transformers": Peer("transformers", "torch", _load_transformers),
-  "mamba_ssm": Peer("mamba_ssm", "torch", _load_mamba_ssm),
-  "mamba2_jax": Peer("mamba2_jax", "jax", _load_mamba2_jax),
-  "axlearn": Peer("axlearn", "jax", _load_axlearn),
+  "listing": Peer(("jax",), "jax", _load_listing),
+  "transformers": Peer(("transformers", "torch"), "torch", _load_transformers),
+  "mamba_ssm": Peer(("mamba_ssm", "torch", "triton", "einops"), "torch", _load_mamba_ssm),
+  "mamba2_jax": Peer(("mamba2_jax",), "jax", _load_mamba2_jax),
+  "axlearn": Peer(("axlearn",), "jax", _load_axlearn),
 }
 
 
@@ -145,12 +145,11 @@ def load(name: str, path: str, chunk: int) -> Callable:
     ValueError: `path` holds no such peer.
   """
   peer = PEERS[name]
-  folder = path if name == "mamba_ssm" else ""
-  found = [n for n in (peer.package, peer.framework) if not folder or n != "mamba_ssm"]
-  for package in found:
-    if importlib.util.find_spec(package) is None:
+  for package in peer.packages:
+    unpacked = package == "mamba_ssm" and path
+    if not unpacked and importlib.util.find_spec(package) is None:
       raise Missing(f"{name}: the package {package} is not installed")
-  return peer.load(folder, chunk)
+  return peer.load(path, chunk)
 
 
 def merge(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

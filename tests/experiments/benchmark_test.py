@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,29 @@ def test_the_scan_of_transformers_is_right_too(problem):
   assert contenders.check(contender, want, tolerance=TOLERANCE).reason == ""
 
 
+@pytest.mark.parity
+def test_a_folder_without_the_peer_is_a_mistake_and_one_with_it_is_read_as_it_lies(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+  monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name != "mamba_ssm" or None)
+  with pytest.raises(ValueError, match="no mamba_ssm/ops/triton/ssd_combined.py below it"):
+    peers.load("mamba_ssm", str(tmp_path), 8)
+  folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+  folder.mkdir(parents=True)
+  (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda\n")
+  (folder / "ssd_combined.py").write_text(
+    "def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size):\n  return x, C, chunk_size\n"
+  )
+  for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton",
+               "mamba_ssm.ops.triton.ssd_combined"):
+    monkeypatch.delitem(sys.modules, name, raising=False)
+  scan = peers.load("mamba_ssm", str(tmp_path), 8)
+  assert scan("x", "dt", "A", "B", "C") == ("x", "C", 8)
+  for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+    del sys.modules[name]
+
+
 def test_heads_of_peers_are_ours_group_by_group(problem):
   arrays, _ = problem
   merged = peers.merge(arrays)
@@ -211,7 +235,7 @@ def test_the_command_checks_times_and_writes_what_it_prints(tmp_path, capsys, mo
   def wrong(path, chunk):
     return lambda x, dt, A, B, C: 2 * peers.listing(x, dt, A, B, C, chunk=chunk)
 
-  monkeypatch.setitem(peers.PEERS, "mamba2_jax", peers.Peer("jax", "jax", wrong))
+  monkeypatch.setitem(peers.PEERS, "mamba2_jax", peers.Peer((), "jax", wrong))
   values = {
     "cpu.shapes": "('toy',)", "cpu.lengths": "(23,)", "cpu.more": "()", "cpu.turns": "1",
     "cpu.implementations": "('chunked','pallas_tpu')",
