@@ -95,7 +95,7 @@ def make_rows(dt_BLGH, a_GH, skip_GH, fresh_BL, *, chunk):
     "skip": jnp.broadcast_to(skip_GH[:, :, None, None], sum_BGHCQ.shape),
   }
   rows_BGHCRQ = jnp.stack([rows[name] for name in backward_chunk.ROWS], axis=4)
-  return rows_BGHCRQ.astype(jnp.float32), run_BCQ
+  return rows_BGHCRQ, run_BCQ
 
 
 def gather(sums_BGHCRQ, rows_BGHCRQ, dt_BLGH, a_GH):

@@ -151,10 +151,10 @@ def tiles(width: int, dtype) -> tuple:
   return plgpu.TilingTransform((8, minor)), plgpu.SwizzleTransform(width)
 
 
-def row_tiles(rows: int) -> list[tuple[int, int]]:
-  """Returns (start, rows seen before) of 64-row tiles over `rows`; the last may overlap."""
-  starts = [min(i, rows - 64) for i in range(0, rows, 64)]
-  return [(start, 64 * i - start) for i, start in enumerate(starts)]
+def row_tiles(rows: int, size: int = 64) -> list[tuple[int, int]]:
+  """Returns (start, rows seen before) of tiles of `size` over `rows`; the last may overlap."""
+  starts = [min(i, rows - size) for i in range(0, rows, size)]
+  return [(start, size * i - start) for i, start in enumerate(starts)]
 
 
 def _scratch(plan: Plan, dtype) -> dict:
