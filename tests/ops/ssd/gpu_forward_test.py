@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cases import gpu_emulator
 from cases import gpu_forward_twin as twin
 from cases import ssd as cases
 from hybridlm.ops.ssd import pallas_gpu, vjp
@@ -77,6 +78,30 @@ def test_kept_states_are_those_that_the_scan_of_the_tokens_before_ends_in():
   for i, kept_BGHPN in enumerate(kept_CBGHPN):
     cut = {k: v[:, : i * chunk] for k, v in arguments.items() if v is not None and "_BL" in k}
     close(kept_BGHPN, cases.recurrence(**(arguments | cut))[1], 2)
+
+
+# Each row of the table, upright and not; chunks enough to go around every ring.
+BODIES = {
+  "narrow": (2, 384, 3, 2, 64, 16), "tight": (1, 448, 1, 3, 80, 128),
+  "wide": (1, 256, 1, 1, 64, 256), "one chunk": (1, 64, 1, 2, 64, 48),
+}
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("name", BODIES)
+def test_the_body_of_the_kernel_does_that_arithmetic_however_late_copies_are(name, fresh):
+  rng = np.random.default_rng(len(name))
+  given = [
+    jnp.asarray(rng.standard_normal(v.shape), v.dtype) for v in shapes(*BODIES[name])
+  ]
+  given[1], given[2] = 0.3 * jnp.abs(given[1]), -jnp.abs(given[2])
+  given[6] = jnp.asarray(rng.random(given[6].shape) < 0.02) if fresh else None
+  with gpu_emulator.emulated():
+    got = pallas_gpu.forward(*given, chunk=64)
+  want = jax.jit(functools.partial(twin.forward, chunk=64))(*given)
+  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    close(one, other, 1)
 
 
 @pytest.mark.parametrize(("P", "fresh", "keep"), [(64, True, True), (80, False, False)])
