@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.extend import core
 
 from cases import ssd as cases
@@ -113,22 +114,38 @@ def test_a_step_of_zero_has_the_slope_of_the_reference():
   assert np.abs(slopes["dt_BLGH"][:, 5:]).min() > 0
 
 
+def decays(dt_HQ, a_H1, dtype):
+  """Returns within_HSQ, first_HQ and last_HQ of one tile as a kernel sees them."""
+  H, Q = dt_HQ.shape
+  cut = table.Blocks(heads=H, splits=1, tiles=1, P=8, N=8)
+
+  def kernel(dt, a, within, first, last, decay):
+    tile.fill(decay, dt, a, None, cut)
+    first[...], last[...] = decay.first_MHQ[0], decay.last_MHQ[0]
+    for h in range(H):
+      within[h] = tile.within(decay, 0, h)
+
+  out_shape = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((H, Q, Q), (H, Q), (H, Q))]
+  return pl.pallas_call(
+    kernel, out_shape=out_shape, scratch_shapes=[tile.decay_scratch(cut, dtype)], interpret=True,
+  )(dt_HQ, a_H1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_decay_exceeds_one_and_none_is_lost_however_steep(dtype):
   rng = np.random.default_rng(4)
   # Heads forget from nothing to everything, in one tile.
   a_H1 = -np.float32([[0], [1e-3], [1], [40], [1e30]])
   dt_HQ = rng.uniform(0, 1, (5, table.TILE)).astype(np.float32)
-  decay = tile.decay(jnp.asarray(dt_HQ), jnp.asarray(a_H1), None, dtype)
+  within_HSQ, first_HQ, last_HQ = decays(dt_HQ, a_H1, dtype)
   log_HQ = np.cumsum(np.float64(dt_HQ) * np.float64(a_H1), axis=1)
-  rounding = {"float32": 1e-6, "bfloat16": 1e-3}[dtype]
-  for h in range(5):
-    want_SQ = np.triu(np.exp(np.minimum(log_HQ[h][None, :] - log_HQ[h][:, None], 0)))
-    within_SQ = np.asarray(tile.within(decay, h))
-    assert 0 <= within_SQ.min() and within_SQ.max() <= 1
-    np.testing.assert_allclose(within_SQ, want_SQ, rtol=0, atol=rounding)
-    np.testing.assert_allclose(decay.first_HQ[h], np.exp(log_HQ[h]), rtol=0, atol=rounding)
-    np.testing.assert_allclose(decay.last_HQ[h], want_SQ[:, -1], rtol=0, atol=rounding)
+  want_HSQ = np.triu(np.exp(np.minimum(log_HQ[:, None] - log_HQ[:, :, None], 0)))
+  tolerance = {"float32": 1e-6, "bfloat16": 1e-3}[dtype]
+  for got, want in (
+    (within_HSQ, want_HSQ), (first_HQ, np.exp(log_HQ)), (last_HQ, want_HSQ[:, :, -1])
+  ):
+    assert 0 <= np.min(got) and np.max(got) <= 1
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
 
 def kernel_calls(jaxpr):

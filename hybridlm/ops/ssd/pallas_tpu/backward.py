@@ -1,6 +1,7 @@
 """The backward kernel: chunks and tiles in reverse, with the state's cotangent in VMEM."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from hybridlm.ops.ssd.pallas_tpu import layout, table, tile
+from hybridlm.ops.ssd.pallas_tpu.table import TILE
 
 
 def backward(
@@ -49,7 +51,7 @@ def backward(
   ]
   if fresh_BL is not None:
     given.append(("runs", layout.runs(fresh_BL, cut)))
-  sums = jax.ShapeDtypeStruct((B, K, cut.heads, table.TILE), jnp.float32)
+  sums = jax.ShapeDtypeStruct((B, K, cut.heads, TILE), jnp.float32)
   shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for _, v in given]
   made = [
     ("channels", shapes[0]), ("heads", shapes[1]), ("group", shapes[2]), ("group", shapes[3]),
@@ -66,7 +68,7 @@ def backward(
       scratch_shapes=_scratch(cut, dtype),
       compiler_params=tile.compiler_params(),
       cost_estimate=tile.cost(
-        table.matmul_flops(positions, G * H, G, cut)[1], positions * G * H * table.TILE,
+        table.matmul_flops(positions, G * H, G, cut)[1], positions * G * H * TILE,
         [v for _, v in given + made]),
       interpret=interpret,
       name="ssd_backward",
@@ -81,129 +83,133 @@ def backward(
 
 
 def _scratch(cut, dtype):
-  """Returns the kernel's scratch, in the order of its arguments."""
-  heads, square = (cut.splits, cut.heads, table.TILE), (table.TILE, cut.chunk)
+  """Returns the kernel's scratch, in the order of `_Scratch`."""
+  states, heads = (cut.splits, cut.rows, cut.N), (cut.splits, cut.heads, TILE)
+  shapes = [states, (cut.tiles, *states[1:]), heads, heads, *[(TILE, cut.chunk)] * 2,
+            *[(cut.N, cut.chunk)] * 2, (TILE, cut.heads)]
   return [
-    pltpu.VMEM((cut.splits, cut.rows, cut.N), jnp.float32),
-    pltpu.VMEM((cut.tiles, cut.rows, cut.N), jnp.float32),
-    pltpu.VMEM(heads, jnp.float32), pltpu.VMEM(heads, jnp.float32),
-    pltpu.VMEM(square, jnp.float32), pltpu.VMEM(square, jnp.float32),
-    pltpu.VMEM((cut.N, cut.chunk), jnp.float32), pltpu.VMEM((cut.N, cut.chunk), jnp.float32),
-    pltpu.VMEM((cut.rows, cut.chunk), dtype), pltpu.VMEM((cut.rows, table.TILE), dtype),
+    *(pltpu.VMEM(shape, jnp.float32) for shape in shapes),
+    *[pltpu.VMEM((cut.rows, TILE), dtype)] * 2, tile.decay_scratch(cut, dtype),
   ]
+
+
+class _Scratch(NamedTuple):
+  """The kernel's scratch."""
+
+  state_bar: Any  # after the tile at hand, for every block of the group's heads
+  state: Any  # before every tile of the chunk
+  a_bar: Any  # sums over positions: what is left of them are the lanes
+  skip_bar: Any
+  cb: Any  # C B^T of every tile, sources in rows
+  cb_bar: Any  # summed over the group's heads
+  b_bar: Any  # what comes through the states, summed over the group's heads
+  c_bar: Any
+  earlier_SH: Any  # what a tile's sources give later positions
+  fed: Any  # dt x of one tile as it reaches the state after it
+  fed_bar: Any  # y_bar of one tile as it reaches the state before it
+  decay: tile.Decay
 
 
 def _kernel(x, dt, b, c, a, skip, kept, y_bar, first, *rest, cut, resets):
   """One chunk of one block of heads: refs of the arrays in the order of `backward`, and scratch."""
   run, rest = (rest[0], rest[1:]) if resets else (None, rest)
   x_bar, dt_bar, b_bar, c_bar, a_last, skip_last, last = rest[:7]
-  state_bar, state, a_sum, skip_sum, cb, cb_bar, b_sum, c_sum, fed, _ = scratch = rest[7:]
+  own = _Scratch(*rest[7:])
   i, k = pl.program_id(2), pl.program_id(3)
 
   @pl.when(i == 0)
   def _():
-    state_bar[k] = first[...]
-    a_sum[k] = jnp.zeros_like(a_sum[k])
-    skip_sum[k] = jnp.zeros_like(skip_sum[k])
+    own.state_bar[k] = first[...]
+    own.a_bar[k] = jnp.zeros_like(own.a_bar[k])
+    own.skip_bar[k] = jnp.zeros_like(own.skip_bar[k])
 
   @pl.when(k == 0)
   def _():
-    for v in (cb_bar, b_sum, c_sum):
+    for v in (own.cb_bar, own.b_bar, own.c_bar):
       v[...] = jnp.zeros_like(v)
+    for m in range(cut.tiles):
+      at = slice(m * TILE, (m + 1) * TILE)
+      own.cb[:, at] = tile.dot(b[:, at], c[:, at], (0, 0), x.dtype)
 
-  def decay_of(m):
-    at = tile.at(m)
-    return tile.decay(dt[:, at], a[...], None if run is None else run[:, at], x.dtype)
+  tile.fill(own.decay, dt, a, run, cut)
+  own.state[0] = kept[...].T if cut.N % table.LANES else kept[...]
 
-  state[0] = kept[...].T if cut.N % table.LANES else kept[...]
-
-  @pl.loop(0, cut.tiles)
+  @pl.loop(0, cut.tiles - 1)
   def _(m):
-    at, decay = tile.at(m), decay_of(m)
-
-    @pl.when(k == 0)
-    def _():
-      cb[:, at] = tile.dot(b[:, at], c[:, at], (0, 0), x.dtype)
-
-    feed_HQ = dt[:, at] * decay.last_HQ
+    b_SN = b[:, tile.at(m)].T
     for h in range(cut.heads):
-      rows = slice(h * cut.P, (h + 1) * cut.P)
-      fed[rows, at] = (x[rows, at].astype(jnp.float32) * feed_HQ[h : h + 1]).astype(fed.dtype)
-
-    @pl.when(m < cut.tiles - 1)
-    def _():
-      added_HPN = tile.dot(fed[:, at], b[:, at], (1, 1), x.dtype)
-      for h in range(cut.heads):
-        rows = slice(h * cut.P, (h + 1) * cut.P)
-        whole_11 = decay.first_HQ[h : h + 1, table.TILE - 1 :]
-        state[m + 1, rows] = state[m, rows] * whole_11 + added_HPN[rows]
+      rows, row = slice(h * cut.P, (h + 1) * cut.P), slice(h, h + 1)
+      added_PN = tile.dot(_fed(m, rows, row, x, dt, own.decay), b_SN, (1, 0), x.dtype)
+      whole_11 = own.decay.first_MHQ[m, row, TILE - 1 :]
+      own.state[m + 1, rows] = own.state[m, rows] * whole_11 + added_PN
 
   @pl.loop(0, cut.tiles)
   def _(n):
     m = cut.tiles - 1 - n
-    _tile(m, k, decay_of(m), x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, scratch, cut)
+    at = tile.at(m)
+    _tile(m, k, x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, own, cut)
 
     @pl.when(k == cut.splits - 1)
     def _():
-      at = tile.at(m)
-      b_bar_NS = b_sum[:, at] + tile.dot(c[:, at], cb_bar[:, at], (1, 1), x.dtype)
-      c_bar_NQ = c_sum[:, at] + tile.dot(b[:, at], cb_bar[:, at], (1, 0), x.dtype)
+      b_bar_NS = own.b_bar[:, at] + tile.dot(c[:, at], own.cb_bar[:, at], (1, 1), x.dtype)
+      c_bar_NQ = own.c_bar[:, at] + tile.dot(b[:, at], own.cb_bar[:, at], (1, 0), x.dtype)
       b_bar[:, at], c_bar[:, at] = b_bar_NS.astype(b_bar.dtype), c_bar_NQ.astype(c_bar.dtype)
 
   @pl.when(i == pl.num_programs(2) - 1)
   def _():
-    last[...], a_last[...], skip_last[...] = state_bar[k], a_sum[k], skip_sum[k]
+    last[...], a_last[...], skip_last[...] = own.state_bar[k], own.a_bar[k], own.skip_bar[k]
 
 
-def _tile(m, k, decay, x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, scratch, cut):
-  """Takes the cotangents of one tile, `state_bar` from after it to before it."""
-  state_bar, state, a_sum, skip_sum, cb, cb_bar, b_sum, c_sum, fed, fed_bar = scratch
-  at, P, Q = tile.at(m), cut.P, table.TILE
-  dt_HQ, cb_SQ = dt[:, at], cb[:, at]
-  outer_HPQ = tile.dot(state[m], c[:, at], (1, 0), x.dtype)
-  outer_bar_HPS = tile.dot(state_bar[k], b[:, at], (1, 0), x.dtype)
-  cb_bar_SQ, skip_bar, later, share, through, whole = jnp.zeros_like(cb_SQ), [], [], [], [], []
-  earlier_SH = jnp.zeros((Q, cut.heads), jnp.float32)
-  before_SQ = tile.triangle(Q, 1)
-  head_SH = jax.lax.broadcasted_iota(jnp.int32, (Q, cut.heads), 1)
+def _fed(m, rows, row, x, dt, decay):
+  """Returns dt x of a head as it reaches the state after tile `m`, in float32."""
+  at = tile.at(m)
+  return x[rows, at].astype(jnp.float32) * (dt[row, at] * decay.last_MHQ[m, row])
+
+
+def _tile(m, k, x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, own, cut):
+  """Takes the cotangents of one tile, and `state_bar` from after it to before it."""
+  at, decay = tile.at(m), own.decay
+  b_NS, c_NQ, c_QN = b[:, at], c[:, at], c[:, at].T
+  skip_bar, later, share, through, whole = [], [], [], [], []
   for h in range(cut.heads):
-    rows, row = slice(h * P, (h + 1) * P), slice(h, h + 1)
+    rows, row = slice(h * cut.P, (h + 1) * cut.P), slice(h, h + 1)
     x_PQ, y_bar_PQ = x[rows, at].astype(jnp.float32), y_bar[rows, at].astype(jnp.float32)
-    first_1Q, last_1S, dt_1Q = decay.first_HQ[row], decay.last_HQ[row], dt_HQ[row]
-    within_SQ = tile.within(decay, h)
-    mix_SQ = cb_SQ * within_SQ
+    first_1Q, last_1S, dt_1Q = decay.first_MHQ[m, row], decay.last_MHQ[m, row], dt[row, at]
+    state_PN, state_bar_PN = own.state[m, rows], own.state_bar[k, rows]
+    within_SQ = tile.within(decay, m, h)
+    mix_SQ = own.cb[:, at] * within_SQ
     mix_bar_SQ = tile.dot(x_PQ * dt_1Q, y_bar_PQ, (0, 0), x.dtype)
-    cb_bar_SQ += mix_bar_SQ * within_SQ
+    own.cb_bar[:, at] += mix_bar_SQ * within_SQ
     # What a source gives a position counts for all decays between the two; for its own there is
     # none, and beside that large number float32 would lose the others.
-    both_SQ = before_SQ * mix_bar_SQ * mix_SQ
-    earlier_SH = jnp.where(head_SH == h, both_SQ.sum(1, keepdims=True), earlier_SH)
-    later.append(both_SQ.sum(0, keepdims=True)
-                 + (y_bar_PQ * outer_HPQ[rows]).sum(0, keepdims=True) * first_1Q)
-    outer_bar_PS = outer_bar_HPS[rows] * last_1S
+    both_SQ = mix_bar_SQ * mix_SQ
+    if x.dtype == jnp.float32:
+      both_SQ *= tile.triangle(TILE, 1)
+    own.earlier_SH[:, row] = both_SQ.sum(1, keepdims=True)
+    fed_bar_PQ = y_bar_PQ * first_1Q
+    outer_PQ = tile.dot(state_PN, c_NQ, (1, 0), x.dtype)
+    later.append(both_SQ.sum(0, keepdims=True) + (fed_bar_PQ * outer_PQ).sum(0, keepdims=True))
+    outer_bar_PS = tile.dot(state_bar_PN, b_NS, (1, 0), x.dtype) * last_1S
     u_bar_PS = tile.dot(y_bar_PQ, mix_SQ, (1, 1), x.dtype) + outer_bar_PS
     x_bar[rows, at] = (u_bar_PS * dt_1Q + y_bar_PQ * skip[row]).astype(x_bar.dtype)
     share.append((u_bar_PS * x_PQ).sum(0, keepdims=True))
     through.append((outer_bar_PS * x_PQ).sum(0, keepdims=True) * dt_1Q)
     skip_bar.append((y_bar_PQ * x_PQ).sum(0, keepdims=True))
-    fed_bar[rows] = (y_bar_PQ * first_1Q).astype(fed_bar.dtype)
-    whole_11 = first_1Q[:, Q - 1 :]
-    decayed_PN = state_bar[k, rows] * whole_11
-    whole.append((decayed_PN * state[m, rows]).sum(0, keepdims=True))
-  cb_bar[:, at] += cb_bar_SQ
-  c_sum[:, at] += tile.dot(state[m], fed_bar[...], (0, 0), x.dtype)
-  b_sum[:, at] += tile.dot(state_bar[k], fed[:, at], (0, 0), x.dtype)
+    own.fed[rows] = _fed(m, rows, row, x, dt, decay).astype(x.dtype)
+    own.fed_bar[rows] = fed_bar_PQ.astype(x.dtype)
+    whole.append((state_bar_PN * state_PN).sum(0, keepdims=True) * first_1Q[:, TILE - 1 :])
+  own.c_bar[:, at] += tile.dot(own.state[m], own.fed_bar[...], (0, 0), x.dtype)
+  own.b_bar[:, at] += tile.dot(own.state_bar[k], own.fed[...], (0, 0), x.dtype)
   for h in range(cut.heads):
-    rows = slice(h * P, (h + 1) * P)
-    state_bar[k, rows] = state_bar[k, rows] * decay.first_HQ[h : h + 1, Q - 1 :]
-  state_bar[k] += tile.dot(fed_bar[...], c[:, at], (1, 1), x.dtype)
-  skip_sum[k] += jnp.concatenate(skip_bar)
-  through_HQ = jnp.concatenate(through)
+    rows = slice(h * cut.P, (h + 1) * cut.P)
+    decayed_PN = own.state_bar[k, rows] * decay.first_MHQ[m, h : h + 1, TILE - 1 :]
+    own.state_bar[k, rows] = decayed_PN + tile.dot(own.fed_bar[rows], c_QN, (1, 0), x.dtype)
+  own.skip_bar[k] += jnp.concatenate(skip_bar)
   # A step's decay is in what reaches its position or a later one, in what leaves an earlier one
   # for the state behind the tile, and in what passes through the tile.
   step_bar_HQ = tile.dot(
-    jnp.concatenate(later) - earlier_SH.T, tile.triangle(Q, 0), (1, 1), jnp.float32)
-  step_bar_HQ += tile.dot(through_HQ, before_SQ, (1, 0), jnp.float32)
+    jnp.concatenate(later) - own.earlier_SH[...].T, tile.triangle(TILE, 0), (1, 1), jnp.float32)
+  step_bar_HQ += tile.dot(jnp.concatenate(through), tile.triangle(TILE, 1), (1, 0), jnp.float32)
   step_bar_HQ += jnp.concatenate(whole).sum(1, keepdims=True)
-  a_sum[k] += step_bar_HQ * dt_HQ
+  own.a_bar[k] += step_bar_HQ * dt[:, at]
   dt_bar[:, at] = step_bar_HQ * a[...] + jnp.concatenate(share)

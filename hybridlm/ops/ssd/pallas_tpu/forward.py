@@ -61,7 +61,7 @@ def forward(
     scratch_shapes=[
       pltpu.VMEM((cut.splits, cut.rows, cut.N), jnp.float32),
       pltpu.VMEM((table.TILE, cut.chunk), jnp.float32),
-      pltpu.VMEM((cut.rows, table.TILE), dtype),
+      tile.decay_scratch(cut, dtype),
     ],
     compiler_params=tile.compiler_params(),
     cost_estimate=tile.cost(
@@ -80,7 +80,7 @@ def _kernel(x, dt, b, c, a, skip, first, *rest, cut, resets, keep):
   run = rest.pop(0) if resets else None
   y, last = rest.pop(0), rest.pop(0)
   kept = rest.pop(0) if keep else None
-  state, cb, fed = rest
+  state, cb, decay = rest
   i, k = pl.program_id(2), pl.program_id(3)
 
   @pl.when(i == 0)
@@ -90,28 +90,28 @@ def _kernel(x, dt, b, c, a, skip, first, *rest, cut, resets, keep):
   if keep:
     kept[...] = state[k].T if cut.N % table.LANES else state[k]
 
+  @pl.when(k == 0)
+  def _():
+    for m in range(cut.tiles):
+      at = slice(m * table.TILE, (m + 1) * table.TILE)
+      cb[:, at] = tile.dot(b[:, at], c[:, at], (0, 0), x.dtype)
+
+  tile.fill(decay, dt, a, run, cut)
+
   @pl.loop(0, cut.tiles)
   def _(m):
     at = tile.at(m)
-
-    @pl.when(k == 0)
-    def _():
-      cb[:, at] = tile.dot(b[:, at], c[:, at], (0, 0), x.dtype)
-
-    dt_HQ = dt[:, at]
-    decay = tile.decay(dt_HQ, a[...], None if run is None else run[:, at], x.dtype)
-    cb_SQ = cb[:, at]
-    outer_HPQ = tile.dot(state[k], c[:, at], (1, 0), x.dtype)
+    cb_SQ, b_SN, c_NQ = cb[:, at], b[:, at].T, c[:, at]
     for h in range(cut.heads):
-      rows = slice(h * cut.P, (h + 1) * cut.P)
-      x_PQ = x[rows, at].astype(jnp.float32)
-      u_PQ = x_PQ * dt_HQ[h : h + 1]
-      y_PQ = tile.dot(u_PQ, cb_SQ * tile.within(decay, h), (1, 0), x.dtype)
-      y_PQ += outer_HPQ[rows] * decay.first_HQ[h : h + 1] + x_PQ * skip[h : h + 1]
-      y[rows, at] = y_PQ.astype(y.dtype)
-      fed[rows] = (u_PQ * decay.last_HQ[h : h + 1]).astype(fed.dtype)
-      state[k, rows] = state[k, rows] * decay.first_HQ[h : h + 1, table.TILE - 1 :]
-    state[k] += tile.dot(fed[...], b[:, at], (1, 1), x.dtype)
+      rows, row = slice(h * cut.P, (h + 1) * cut.P), slice(h, h + 1)
+      first_1Q, last_1Q = decay.first_MHQ[m, row], decay.last_MHQ[m, row]
+      x_PQ, state_PN = x[rows, at].astype(jnp.float32), state[k, rows]
+      u_PQ = x_PQ * dt[row, at]
+      y_PQ = tile.dot(u_PQ, cb_SQ * tile.within(decay, m, h), (1, 0), x.dtype)
+      y_PQ += tile.dot(state_PN, c_NQ, (1, 0), x.dtype) * first_1Q
+      y[rows, at] = (y_PQ + x_PQ * skip[row]).astype(y.dtype)
+      state_PN *= first_1Q[:, table.TILE - 1 :]
+      state[k, rows] = state_PN + tile.dot(u_PQ * last_1Q, b_SN, (1, 0), x.dtype)
 
   @pl.when(i == pl.num_programs(2) - 1)
   def _():

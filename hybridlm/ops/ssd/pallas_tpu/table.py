@@ -82,9 +82,11 @@ def vmem_bytes(cut: Blocks, dtype: jax.typing.DTypeLike) -> int:
   streamed = 3 * _padded(rows, Q, item) + 4 * _padded(N, Q, item)  # x, y_bar, x_bar; b, c, theirs
   streamed += 2 * _padded(cut.heads, Q, 4) + 3 * state  # dt, dt_bar; kept, state_bar in and out
   scratch = (cut.splits + cut.tiles) * state  # state_bar; states before each tile
-  scratch += 2 * _padded(rows, TILE, item) + _padded(rows, Q, item)  # what is fed to the states
-  scratch += 2 * _padded(TILE, Q, 4) + 2 * _padded(N, Q, 4)  # C B^T, its cotangent, b_bar, c_bar
-  values = 4 * _padded(rows, TILE, 4) + 2 * state  # what a tile works on
+  scratch += 2 * _padded(rows, TILE, item)  # what is fed to the states
+  scratch += 3 * _padded(TILE, Q, 4) + 2 * _padded(N, Q, 4)  # C B^T, its cotangent, caps; b, c
+  columns, lines = _padded(TILE, cut.heads, 4), _padded(cut.heads, TILE, 4)
+  scratch += cut.tiles * (parts(dtype) * (columns + lines) + 2 * lines)  # decays
+  values = 4 * _padded(rows, TILE, 4) + state  # what the compiler lays aside
   return 2 * streamed + scratch + values
 
 
@@ -98,6 +100,11 @@ def matmul_flops(positions: int, heads: int, groups: int, cut: Blocks) -> tuple[
   forward = groups * shared + heads * (inside + 2 * through)
   backward = 3 * groups * shared + heads * (2 * inside + 6 * through)
   return positions * forward, positions * backward
+
+
+def parts(dtype: jax.typing.DTypeLike) -> int:
+  """Returns in how many parts sums of steps are held: two where x is float32."""
+  return 2 if jnp.dtype(dtype) == jnp.float32 else 1
 
 
 def up(size: int, step: int) -> int:
