@@ -87,15 +87,12 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("name", BODIES)
-def test_the_body_of_the_kernel_does_that_arithmetic_however_late_copies_are(name, fresh):
-  rng = np.random.default_rng(len(name))
-  given = [
-    jnp.asarray(rng.standard_normal(v.shape), v.dtype) for v in shapes(*BODIES[name])
-  ]
-  given[1], given[2] = 0.3 * jnp.abs(given[1]), -jnp.abs(given[2])
-  given[6] = jnp.asarray(rng.random(given[6].shape) < 0.02) if fresh else None
+def check_body(sizes, fresh):
+  """Asserts that the kernel, emulated, returns what the twin does."""
+  rng = np.random.default_rng(sum(sizes))
+  given = [jnp.asarray(rng.standard_normal(v.shape), v.dtype) for v in shapes(*sizes)]
+  given[1], given[2] = 0.1 * jnp.abs(given[1]), -jnp.abs(given[2])
+  given[6] = jnp.asarray(rng.random(given[6].shape) < 0.01) if fresh else None
   with gpu_emulator.emulated():
     got = pallas_gpu.forward(*given, chunk=64)
   want = jax.jit(functools.partial(twin.forward, chunk=64))(*given)
@@ -104,9 +101,33 @@ def test_the_body_of_the_kernel_does_that_arithmetic_however_late_copies_are(nam
     close(one, other, 1)
 
 
-@pytest.mark.parametrize(("P", "fresh", "keep"), [(64, True, True), (80, False, False)])
-def test_the_kernel_lowers_for_cuda_without_a_gpu(P, fresh, keep):
-  B, L, G, H, N = 2, 192, 3, 5, 128
+@pytest.mark.parametrize(("name", "fresh"), [(name, name != "wide") for name in BODIES])
+def test_the_body_of_the_kernel_does_that_arithmetic_however_late_copies_are(name, fresh):
+  check_body(BODIES[name], fresh)
+
+
+@pytest.mark.parametrize(("P", "fresh"), [(64, True), (80, False)])
+def test_segments_that_are_walked_side_by_side_give_what_one_walk_gives(P, fresh, monkeypatch):
+  monkeypatch.setattr(table, "segments", lambda heads, chunks: 3)
+  check_body((2, 384, 1, 2, P, 64), fresh)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("chunks", [1, 7, 8, 24, 512])
+def test_segments_divide_the_chunks_and_fit_on_the_card_together(name, chunks):
+  G, H, _, _ = MODELS[name]
+  count = table.segments(G * H, chunks)
+  assert chunks % count == 0
+  assert count == 1 or G * H * count <= table.MULTIPROCESSORS
+  if chunks == 512:  # cut once more, they would not fit, or nothing is left to gain
+    assert count == 8 or G * H * count * 2 > table.MULTIPROCESSORS
+
+
+@pytest.mark.parametrize(
+  ("L", "P", "fresh", "keep", "walks"), [(192, 64, True, True, 1), (512, 80, False, False, 2)]
+)
+def test_the_kernel_lowers_for_cuda_without_a_gpu(L, P, fresh, keep, walks):
+  B, G, H, N = 2, 3, 5, 128
   forward = functools.partial(pallas_gpu.forward, chunk=64, keep=keep)
   lowered = jax.jit(forward).trace(*shapes(B, L, G, H, P, N, fresh)).lower(
     lowering_platforms=("cuda",)
@@ -114,8 +135,8 @@ def test_the_kernel_lowers_for_cuda_without_a_gpu(P, fresh, keep):
   y, last, kept = lowered.out_info
   assert (y.shape, y.dtype) == ((B, L, G, H, P), jnp.bfloat16)
   assert (last.shape, last.dtype) == ((B, G, H, P, N), jnp.float32)
-  assert [v.shape for v in kept] == [(3, B, G, H, P, N)] * keep
-  assert len(re.findall("custom_call @mosaic_gpu", lowered.as_text())) == 1
+  assert [v.shape for v in kept] == [(L // 64, B, G, H, P, N)] * keep
+  assert len(re.findall("custom_call @mosaic_gpu", lowered.as_text())) == walks
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,10 +8,13 @@ from jaxtyping import Array, Float
 
 # Positions in a chunk: one instruction's rows, the most that a warpgroup's registers hold.
 CHUNK = 64
-# Shared memory that a block may ask for on H100 and H200, and registers of four warpgroups.
+# Of H100 and H200: shared memory that a block may ask for, registers of four warpgroups' threads,
+# registers that are enough to fetch, columns of a product, and how many blocks run at a time.
 SHARED_BYTES = 227 * 1024
 REGISTERS = 512
 FETCH_REGISTERS = 40
+MOST_COLUMNS = 256
+MULTIPROCESSORS = 132
 # Lines of float32 a chunk: sums, dt and runs.
 LINES = 3
 
@@ -30,6 +33,8 @@ class Tiles(NamedTuple):
   state_registers: int
 
 
+# What walks for the state alone.
+CARRY = Tiles(0, 4, 0, False, 0, 0)
 NARROW = Tiles(2, 4, 2, True, 152, 168)
 TIGHT = Tiles(2, 4, 2, False, 152, 168)
 WIDE = Tiles(1, 2, 1, True, 232, 232)
@@ -52,6 +57,17 @@ def tiles(G: int, H: int, P: int, N: int, *, kind: str = "NVIDIA H200") -> Tiles
   """Returns the row of a device kind and shape, for others the first that fits, or None."""
   fitting = (row for row in (NARROW, TIGHT, WIDE) if _fits(row, P, N))
   return TABLE.get((kind, G, H, P, N), next(fitting, None))
+
+
+def segments(heads: int, chunks: int) -> int:
+  """Returns into how many parts the chunks of a row are cut, so that few heads fill the card.
+
+  Whatever is cut is walked twice, the first time for its last state alone.
+  """
+  fitting = (
+    n for n in (8, 4, 2) if heads * n <= MULTIPROCESSORS and chunks % n == 0 and chunks >= 4 * n
+  )
+  return next(fitting, 1)
 
 
 def default_chunk(G: int, H: int, P: int, N: int, dtype: jax.typing.DTypeLike) -> int:
@@ -101,7 +117,7 @@ def shared_bytes(row: Tiles, P: int, N: int) -> int:
 
 def _fits(row, P, N):
   """Returns whether a row's arrays fit in shared memory and its state in registers."""
-  # Beside the state a warpgroup holds addresses, decays and a piece of x.
-  registers = P * N // 128 + 64
-  room = row.apart or (not upright(P) and N >= CHUNK)
-  return room and registers <= row.state_registers and shared_bytes(row, P, N) <= SHARED_BYTES
+  # Beside the state a warpgroup holds addresses, decays and a piece of x; a reader y and scores.
+  holds = P * N // 128 + 64 <= row.state_registers and P // 2 + 96 <= row.reader_registers
+  room = max(P, N) <= MOST_COLUMNS and (row.apart or (not upright(P) and N >= CHUNK))
+  return room and holds and shared_bytes(row, P, N) <= SHARED_BYTES
