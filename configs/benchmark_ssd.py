@@ -28,7 +28,7 @@ def section(**values) -> ml_collections.ConfigDict:
 def compiled(**values) -> ml_collections.ConfigDict:
   """What is compiled for the chips of one platform."""
   return ml_collections.ConfigDict(
-    {"shapes": PUBLISHED + SMALL, "lengths": (512, 8192, 32768)} | values
+    {"shapes": PUBLISHED + SMALL, "lengths": (512, 32768)} | values
   )
 
 

@@ -148,14 +148,21 @@ def ahead(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def kernels(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns each kernel of a program, by its place, with the most that it takes at any length."""
-  most: dict[tuple[int, str], dict[str, int]] = {}
+  """Returns each kernel of a program with the most that it takes at any length.
+
+  Lengths may order them differently: one of a name, threads and shared memory is the same one.
+  """
+  most: dict[tuple, dict[str, int]] = {}
   for row in rows:
-    for place, kernel in enumerate(row["kernels"]):
-      numbers = {key: value for key, value in kernel.items() if key != "name"}
-      before = most.setdefault((place, kernel["name"]), numbers)
-      most[place, kernel["name"]] = {key: max(v, before[key]) for key, v in numbers.items()}
-  return "; ".join(f"{name} {_words(numbers)}" for (_, name), numbers in most.items()) or "none"
+    seen = []
+    for kernel in row["kernels"]:
+      same = (kernel["name"], kernel.get("threads"), kernel.get("shared"))
+      key = (*same, seen.count(same))
+      seen.append(same)
+      numbers = {name: value for name, value in kernel.items() if name != "name"}
+      before = most.setdefault(key, numbers)
+      most[key] = {name: max(value, before[name]) for name, value in numbers.items()}
+  return "; ".join(f"{key[0]} {_words(numbers)}" for key, numbers in most.items()) or "none"
 
 
 def _words(numbers: Mapping[str, int]) -> str:

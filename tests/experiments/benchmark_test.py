@@ -229,6 +229,19 @@ def test_what_compilers_report_is_one_line_for_all_lengths_with_the_most_that_ea
   assert "* v5e: needs libtpu" in page and page.count("pallas_gpu") == 2
 
 
+def test_a_kernel_is_itself_wherever_it_stands_in_the_program():
+  small = {"name": "k", "registers": 72, "spills": 0, "shared": 2048, "threads": 128}
+  large = {"name": "k", "registers": 90, "spills": 4, "shared": 4096, "threads": 128}
+  first = {"kernels": [small, large]}
+  second = {"kernels": [large | {"registers": 100}, small, small]}
+  assert scan_report.kernels([first, second]).split("; ") == [
+    "k 72 registers, 0 spilled, 2 KiB", "k 100 registers, 4 spilled, 4 KiB",
+    "k 72 registers, 0 spilled, 2 KiB",
+  ]
+  rows = [{"kernels": [{"name": "v", "vmem": n * 2**20}]} for n in (3, 5)]
+  assert scan_report.kernels(rows) == "v 5.00 MiB"
+
+
 def test_the_command_checks_times_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(roofline.PROBES, "cpu", (32, (2, 8, 8, 8), 64))
 
