@@ -83,7 +83,8 @@ def test_kept_states_are_those_that_the_scan_of_the_tokens_before_ends_in():
 # Each row of the table, upright and not; chunks enough to go around every ring.
 BODIES = {
   "narrow": (2, 384, 3, 2, 64, 16), "tight": (1, 448, 1, 3, 80, 128),
-  "wide": (1, 256, 1, 1, 64, 256), "one chunk": (1, 64, 1, 2, 64, 48),
+  "wide": (1, 256, 1, 1, 64, 256), "widest": (1, 256, 1, 1, 80, 256),
+  "one chunk": (1, 64, 1, 2, 64, 48),
 }
 
 

@@ -37,7 +37,8 @@ class Tiles(NamedTuple):
 CARRY = Tiles(0, 4, 0, False, 0, 0)
 NARROW = Tiles(2, 4, 2, True, 152, 168)
 TIGHT = Tiles(2, 4, 2, False, 152, 168)
-WIDE = Tiles(1, 2, 1, True, 232, 232)
+WIDE = Tiles(1, 2, 2, True, 232, 232)
+WIDEST = Tiles(1, 2, 1, True, 232, 232)
 
 # By device kind, G, H, P and N: the shapes that are benchmarked. Other shapes take the first of
 # these that fits. None of them was timed yet: they are the largest rings that fit.
@@ -55,7 +56,7 @@ TABLE = {
 
 def tiles(G: int, H: int, P: int, N: int, *, kind: str = "NVIDIA H200") -> Tiles | None:
   """Returns the row of a device kind and shape, for others the first that fits, or None."""
-  fitting = (row for row in (NARROW, TIGHT, WIDE) if _fits(row, P, N))
+  fitting = (row for row in (NARROW, TIGHT, WIDE, WIDEST) if _fits(row, P, N))
   return TABLE.get((kind, G, H, P, N), next(fitting, None))
 
 
