@@ -8,7 +8,7 @@ and their sums go to the kernels' own end.
 import jax
 import jax.numpy as jnp
 
-from hybridlm.ops.ssd.pallas_gpu import backward_chunk as chunks
+from hybridlm.ops.ssd.pallas_gpu import backward_tiles as chunks
 from hybridlm.ops.ssd.pallas_gpu.backward import gather, make_rows
 
 # Rows of a tile of the state: 64 there, and few enough here that tiles overlap.

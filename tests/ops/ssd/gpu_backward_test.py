@@ -13,7 +13,7 @@ from cases import gpu_backward_twin as twin
 from cases import gpu_forward_twin
 from cases import ssd as cases
 from hybridlm.ops.ssd import chunked, pallas_gpu, reference, vjp
-from hybridlm.ops.ssd.pallas_gpu import backward, backward_chunk
+from hybridlm.ops.ssd.pallas_gpu import backward, backward_tiles
 
 FLOAT32 = [name for name, case in cases.CASES.items() if case.dtype == "float32"]
 GRADIENTS = cases.rounding(cases.L, cases.N, cases.H, cases.P)
@@ -127,16 +127,16 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(P, N, fresh, kept):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_published_shape_fits_with_a_head_loaded_ahead(name):
   _, H, P, N = MODELS[name]
-  plan = backward_chunk.make_plan(H, P, N)
-  assert backward_chunk.shared_bytes(plan) <= backward_chunk.SHARED_BYTES
+  plan = backward_tiles.make_plan(H, P, N)
+  assert backward_tiles.shared_bytes(plan) <= backward_tiles.SHARED_BYTES
   assert plan.x_depth >= plan.state_depth >= 2
   # Three warpgroups begin with 168 registers a thread, which they only pass to each other.
-  assert sum(backward_chunk.REGISTERS[plan.wide]) <= 3 * 168
+  assert sum(backward_tiles.REGISTERS[plan.wide]) <= 3 * 168
 
 
 def test_tiles_of_rows_see_every_row_once():
   for rows in (64, 80, 112, 128):
-    tiles = backward_chunk.row_tiles(rows)
+    tiles = backward_tiles.row_tiles(rows)
     new = [i for start, seen in tiles for i in range(start + seen, start + 64)]
     assert new == list(range(rows))
 

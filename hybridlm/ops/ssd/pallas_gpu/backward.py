@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hybridlm.ops.ssd.pallas_gpu import backward_chunk, backward_state
+from hybridlm.ops.ssd.pallas_gpu.backward_tiles import ROWS, SUMS, Q
 
 
 def backward(
@@ -63,8 +64,8 @@ def refusal(
   P, N = x_BLGHP.shape[4], b_BLGN.shape[3]
   if x_BLGHP.dtype != jnp.bfloat16 or b_BLGN.dtype != jnp.bfloat16:
     return f"dtypes {x_BLGHP.dtype} of x and {b_BLGN.dtype} of b are not bfloat16 in pallas_gpu"
-  if chunk != backward_chunk.Q:
-    return f"chunk {chunk} is not {backward_chunk.Q} in pallas_gpu's way back"
+  if chunk != Q:
+    return f"chunk {chunk} is not {Q} in pallas_gpu's way back"
   if P < 64 or P % 16 or P > 128:
     return f"P = {P} is not a multiple of 16 from 64 to 128 in pallas_gpu's way back"
   if N % 16 or N > 256 or (N > 64 and N % 64):
@@ -73,7 +74,7 @@ def refusal(
 
 
 def make_rows(dt_BLGH, a_GH, skip_GH, fresh_BL, *, chunk):
-  """Returns what a head has per position, `backward_chunk.ROWS` of it, and the run of each token.
+  """Returns what a head has per position, `ROWS` of it, and the run of each token.
 
   A run is counted from 0, the one that continues the state before the chunk.
   """
@@ -94,14 +95,14 @@ def make_rows(dt_BLGH, a_GH, skip_GH, fresh_BL, *, chunk):
     "last": jnp.where(ends_BGHCQ, jnp.exp(left_BGHCQ), 0),
     "skip": jnp.broadcast_to(skip_GH[:, :, None, None], sum_BGHCQ.shape),
   }
-  rows_BGHCRQ = jnp.stack([rows[name] for name in backward_chunk.ROWS], axis=4)
+  rows_BGHCRQ = jnp.stack([rows[name] for name in ROWS], axis=4)
   return rows_BGHCRQ, run_BCQ
 
 
 def gather(sums_BGHCRQ, rows_BGHCRQ, dt_BLGH, a_GH):
   """Returns the cotangents of dt, a and skip from the sums that every chunk left."""
-  sums = dict(zip(backward_chunk.SUMS, jnp.moveaxis(sums_BGHCRQ, 4, 0), strict=True))
-  first_BGHCQ = rows_BGHCRQ[..., backward_chunk.ROWS.index("first"), :]
+  sums = dict(zip(SUMS, jnp.moveaxis(sums_BGHCRQ, 4, 0), strict=True))
+  first_BGHCQ = rows_BGHCRQ[..., ROWS.index("first"), :]
   log_bar_BGHCQ = sums["from"] + sums["first"] - sums["into"] - sums["last"]
   end_BGHC = jnp.sum(sums["last"], axis=-1)
   end_BGHC += first_BGHCQ[..., -1] * jnp.sum(sums["whole"], axis=-1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm.ops.ssd.pallas_gpu.backward_chunk import ROWS, Q, row_tiles, swizzle, tiles
+from hybridlm.ops.ssd.pallas_gpu.backward_tiles import ROWS, Q, row_tiles, swizzle, tiles
 
 # Columns of the state that one block of threads carries, and chunks it reads ahead.
 COLUMNS, AHEAD = 64, 4
