@@ -237,8 +237,15 @@ def _product(shape, left, right):
 
 
 def _over_states(left, right):
-  """Returns left @ right^T, summed over the N columns of both."""
-  return _product((left.shape[0], right.shape[0]), left, transposed(right))
+  """Returns left @ right^T, summed over the N columns of both, at most 128 at a time."""
+  (rows, N), sums = left.shape, None
+  step = min(N, 128)
+  for i in range(0, N, step):
+    # Behind a barrier, so that one step's addresses are made when the one before is done.
+    at = slice(None), pl.ds(jax.lax.optimization_barrier(jnp.int32(i)) if N > step else i, step)
+    pair = left.at[at], transposed(right.at[at])
+    sums = _product((rows, right.shape[0]), *pair) if i == 0 else add_product(sums, *pair)
+  return sums
 
 
 def _only(smem):
