@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from configs import benchmark_ssd
-from experiments import cli, console, evaluation, scan_bench, scan_report
+from experiments import cli, console, evaluation, peers, scan_bench, scan_report
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +26,9 @@ def main(argv: Sequence[str]) -> None:
   if cli.read(values, argv, like=benchmark_ssd.get_config()) is None:
     return
   results = scan_bench.run(values.config)
-  page = scan_report.markdown(results, command=command(argv), machine=evaluation.machine())
+  timed = {row["contender"].partition("@")[0] for row in results["times"] if "seconds" in row}
+  machine = [evaluation.machine(), *peers.versions(name for name in peers.PEERS if name in timed)]
+  page = scan_report.markdown(results, command=command(argv), machine=", ".join(machine))
   print(page)
   if values.out:
     scan_report.write(pathlib.Path(values.out), results, page)

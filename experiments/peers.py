@@ -3,12 +3,13 @@
 Heads are one axis there, as peers have them: head h reads group h // (heads a group).
 """
 
+import importlib.metadata
 import importlib.util
 import math
 import pathlib
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -150,6 +151,13 @@ def load(name: str, path: str, chunk: int) -> Callable:
     if not unpacked and importlib.util.find_spec(package) is None:
       raise Missing(f"{name}: the package {package} is not installed")
   return peer.load(path, chunk)
+
+
+def versions(names: Iterable[str]) -> list[str]:
+  """Returns the packages of peers with their versions; one read from a folder has none."""
+  packages = dict.fromkeys(p for name in names for p in PEERS[name].packages if p != "jax")
+  known = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
+  return [f"{package} {known[package]}" for package in packages if package in known]
 
 
 def merge(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
