@@ -107,7 +107,7 @@ def _passes(name):
     x_BLGHP = place.only_on(x_BLGHP, platform=PLATFORMS[name], name=name)
     return module.forward(x_BLGHP, *arrays, chunk=chunk, keep=keep)
 
-  return vjp.Passes(forward, module.backward)
+  return vjp.Passes(forward, module.backward, fixed=name == "pallas_gpu")
 
 
 def check_segments(segment_BL: Int[ArrayLike, "B L"] | None, place: str) -> None:

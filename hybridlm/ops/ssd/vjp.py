@@ -17,12 +17,14 @@ class Passes(NamedTuple):
   `backward(x, dt, a, b, c, skip, fresh_BL, kept, y_bar, state_bar, *, chunk)` returns the
   cotangents of x, dt, a, b, c, skip and the first state. dt, a, skip and states are float32
   (float64 when x is); `fresh_BL` tells where the state is dropped, and None is nowhere.
-  `least` is the smallest number of chunks they may be given.
+  `least` is the smallest number of chunks they may be given; `fixed` tells that a short sequence
+  is padded to a whole chunk, where others take a shorter chunk.
   """
 
   forward: Callable
   backward: Callable
   least: int = 1
+  fixed: bool = False
 
 
 def ssd(
@@ -52,7 +54,7 @@ def ssd(
   fresh_BL = None
   if segment_BL is not None:
     fresh_BL = jnp.diff(segment_BL, axis=1, prepend=segment_BL[:, :1]) != 0
-  chunk = min(chunk, -(-L // passes.least))
+  chunk = chunk if passes.fixed else min(chunk, -(-L // passes.least))
   chunks = max(passes.least, -(-L // chunk))
 
   def padded(v_BL):

@@ -49,6 +49,12 @@ def test_a_named_kernel_is_lowered_for_its_own_platform_and_refused_on_another(n
 
 
 @pytest.mark.parametrize("name", PLATFORMS)
+def test_a_kernel_takes_a_sequence_shorter_than_its_chunk(name):
+  text = lowered(lambda given: api.ssd(**given, impl=name), shapes(L=37), name)
+  assert "-> (tensor<2x37x2x2x64xbf16>" in text.replace(' {jax.result_info = "result[0]"}', "")
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
 def test_under_a_mesh_a_kernel_is_given_its_own_rows_and_groups(name):
   kinds = (AxisType.Auto,) * 2
   grid = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4])
