@@ -20,7 +20,7 @@ HALVES = pl.ds(0, Q // 2), pl.ds(Q // 2, Q // 2)
 QUERY, SOURCE, PAIR = range(3)
 SHARED_BYTES = 227 * 1024
 # Registers of a thread by side, for a `Plan` that is not and that is wide.
-REGISTERS = {False: (152, 168, 184), True: (176, 176, 152)}
+REGISTERS = {False: (152, 168, 184), True: (168, 168, 168)}
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
