@@ -2,16 +2,20 @@
 
 python -m experiments.bench_blocks [--parts=block,model] [--turns=5] [--out=docs/results/blocks.md]
 
-Needs torch and transformers. Both sides have the same weights and take turns on this machine;
-values and gradients are compared before anything is timed. Times are medians of the turns.
+Needs torch and transformers. Both sides have the same weights and take turns on this machine, each
+in a process of its own: what one leaves of the other's heap would cost it page faults. Values and
+gradients are compared before anything is timed. Times are medians of the turns.
 """
 
+import contextlib
+import multiprocessing
 import pathlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import jax
@@ -38,11 +42,11 @@ TOLERANCE = 1e-3
 
 
 class Pair(NamedTuple):
-  """One measurement: `theirs` takes a chunk size; both return arrays to be compared."""
+  """One measurement: `theirs` takes a chunk size; both have arrays to be compared."""
 
   name: str
-  theirs: Callable[[int], list[np.ndarray]]
-  ours: Callable[[], list[jax.Array]]
+  theirs: "Side | Away"
+  ours: "Side | Away"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,13 +61,12 @@ def main(argv: Sequence[str]) -> None:
   flags.DEFINE_string("out", None, "Markdown file to write.", flag_values=values)
   if not console.parse(values, argv, __doc__):
     return
-  makers = {"block": blocks, "model": models}
   for part in values.parts:
-    if part not in makers:
-      raise ValueError(f"--parts: {part!r} is not one of {', '.join(makers)}")
+    if part not in MAKERS:
+      raise ValueError(f"--parts: {part!r} is not one of {', '.join(MAKERS)}")
   lines = []
   for part in values.parts:
-    lines += [*table(makers[part](), CHUNKS[part], values.turns), ""]
+    lines += [*table(apart(part), CHUNKS[part], values.turns), ""]
   command = " ".join(["python -m experiments.bench_blocks", *argv[1:]])
   text = "\n".join(["# Blocks", "", f"`{command}` on {evaluation.machine()}.", "", *lines])
   print(text)
@@ -90,23 +93,89 @@ def table(pairs: Iterable[Pair], chunks: Sequence[int], turns: int) -> list[str]
 
 def compare(pair: Pair, chunks: Sequence[int]) -> None:
   """Raises RuntimeError where the two sides do not give the same values."""
-  ours = [np.asarray(v) for v in pair.ours()]
+  ours = pair.ours.values()
   for chunk in chunks:
-    for got, want in zip(ours, pair.theirs(chunk), strict=True):
+    for got, want in zip(ours, pair.theirs.values(chunk), strict=True):
       error = np.abs(got - want).max() / np.abs(want).max()
       if not error < TOLERANCE:
         raise RuntimeError(f"{pair.name}, chunk {chunk}: {error:.1e} of the largest value apart")
 
 
 def medians(jobs: Sequence[tuple], turns: int) -> list[float]:
-  """Returns milliseconds of each job (a function and its arguments), which take turns."""
+  """Returns milliseconds of each job (a `Side` and its arguments), which take turns."""
   seconds = [[] for _ in jobs]
   for _ in range(turns):
-    for (run, *arguments), found in zip(jobs, seconds, strict=True):
-      start = time.perf_counter()
-      run(*arguments)
-      found.append(time.perf_counter() - start)
+    for (side, *arguments), found in zip(jobs, seconds, strict=True):
+      found.append(side.seconds(*arguments))
   return [1e3 * statistics.median(found) for found in seconds]
+
+
+class Side:
+  """One side of a pair: a function of this process."""
+
+  def __init__(self, run: Callable[..., list]):
+    self._run = run
+
+  def values(self, *arguments: int) -> list[np.ndarray]:
+    """Returns what the function does."""
+    return [np.asarray(v) for v in self._run(*arguments)]
+
+  def seconds(self, *arguments: int) -> float:
+    """Returns how long the function takes."""
+    start = time.perf_counter()
+    self._run(*arguments)
+    return time.perf_counter() - start
+
+
+class Away:
+  """One side of the pair at hand in another process, which runs it and measures its own time."""
+
+  def __init__(self, line: Connection, side: str):
+    self._line, self._side = line, side
+
+  def values(self, *arguments: int) -> list[np.ndarray]:
+    """Returns what the function does."""
+    self._line.send((self._side, "values", arguments))
+    return self._line.recv()
+
+  def seconds(self, *arguments: int) -> float:
+    """Returns how long the function takes, without the way back."""
+    self._line.send((self._side, "seconds", arguments))
+    return self._line.recv()
+
+
+def apart(part: str) -> Iterator[Pair]:
+  """Yields the pairs of a part with each side in a process of its own; valid until the next.
+
+  Raises EOFError where a process ended, whose traceback is on the standard error.
+  """
+  context = multiprocessing.get_context("spawn")
+  with contextlib.ExitStack() as stack:
+    lines = {}
+    for side in ("theirs", "ours"):
+      here, there = context.Pipe()
+      worker = context.Process(target=serve, args=(part, there), daemon=True)
+      worker.start()
+      there.close()  # so that its end is seen here
+      stack.callback(worker.join)
+      lines[side] = stack.enter_context(here)
+    names = [line.recv() for line in lines.values()]
+    while None not in names:
+      yield Pair(names[0], *(Away(line, side) for side, line in lines.items()))
+      for line in lines.values():
+        line.send(None)
+      names = [line.recv() for line in lines.values()]
+
+
+def serve(part: str, line: Connection) -> None:
+  """Names each pair of a part in turn, and runs its sides until it is told to go on."""
+  with contextlib.suppress(EOFError, BrokenPipeError):  # the other end went away
+    for pair in MAKERS[part]():
+      line.send(pair.name)
+      while (job := line.recv()) is not None:
+        side, what, arguments = job
+        line.send(getattr(getattr(pair, side), what)(*arguments))
+    line.send(None)
 
 
 def both(settings: dict, *, seed: int = 0):
@@ -167,8 +236,8 @@ def _block(mixer, cfg, leaves, length, name) -> Iterable[Pair]:
     bars, x_bar_BLD = jax.block_until_ready(back(leaves, x_here_BLD, weight_here_BLD))
     return [x_bar_BLD, bars["a_log_GH"].ravel(), bars["skip_GH"].ravel()]
 
-  yield Pair(f"{name}, forward", theirs, ours)
-  yield Pair(f"{name}, forward and backward", theirs_back, ours_back)
+  yield Pair(f"{name}, forward", Side(theirs), Side(ours))
+  yield Pair(f"{name}, forward and backward", Side(theirs_back), Side(ours_back))
 
 
 def models(
@@ -226,9 +295,11 @@ def _model(model, cfg, params, shape, name) -> Iterable[Pair]:
     total, bars = jax.block_until_ready(back(params, here_BL, next_BL))
     return [total, bars["embed"]["w_embed_VD"]]
 
-  yield Pair(f"{name}, forward", theirs, ours)
-  yield Pair(f"{name}, forward and backward", theirs_back, ours_back)
+  yield Pair(f"{name}, forward", Side(theirs), Side(ours))
+  yield Pair(f"{name}, forward and backward", Side(theirs_back), Side(ours_back))
 
+
+MAKERS = {"block": blocks, "model": models}
 
 if __name__ == "__main__":
   sys.exit(console.call(main, sys.argv))

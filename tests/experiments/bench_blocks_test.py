@@ -24,6 +24,8 @@ def test_both_sides_of_every_pair_give_the_same_values():
 
 
 def test_sides_that_differ_are_not_timed():
-  pair = bench_blocks.Pair("x", lambda chunk: [np.ones(3)], lambda: [np.array([1, 1, 1.01])])
+  theirs = bench_blocks.Side(lambda chunk: [np.ones(3)])
+  ours = bench_blocks.Side(lambda: [np.array([1, 1, 1.01])])
+  pair = bench_blocks.Pair("x", theirs, ours)
   with pytest.raises(RuntimeError, match="x, chunk 7: 1.0e-02 of the largest value apart"):
     bench_blocks.table([pair], (7,), 1)
