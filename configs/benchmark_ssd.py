@@ -3,7 +3,8 @@ r"""The SSD scan on this device, beside its peers, and compiled for chips that a
 python -m experiments.benchmark --config=configs/benchmark_ssd.py
 
 Every contender is checked against the token-by-token recurrence, values and gradients, before it is
-timed; contenders of one case take turns. The section of the device's platform is used.
+timed, in a process of its own (on a TPU, which one process holds, all in one); contenders of one
+case take turns. The section of the device's platform is used.
 Cost: on two CPU cores about 6 minutes for the times and, with the extras `aheadtpu` and `aheadgpu`,
 20 for the chips that are not here, which `--config.ahead.tpu.targets="()"` and
 `--config.ahead.gpu.targets="()"` leave out; a GPU takes about 10.
@@ -21,14 +22,15 @@ def section(**values) -> ml_collections.ConfigDict:
   """What one platform measures: shapes x lengths, and pairs `more`, in every dtype.
 
   Contenders are names or `name@chunk`; of ours, a bare name takes the chunk it takes by itself.
+  A turn starts `queued` calls, waits for them together, and counts one.
   """
-  return ml_collections.ConfigDict({"more": (), "turns": 5} | values)
+  return ml_collections.ConfigDict({"more": (), "turns": 5, "queued": 1} | values)
 
 
 def compiled(**values) -> ml_collections.ConfigDict:
   """What is compiled for the chips of one platform."""
   return ml_collections.ConfigDict(
-    {"shapes": PUBLISHED + SMALL, "lengths": (512, 32768)} | values
+    {"shapes": PUBLISHED + SMALL, "lengths": (512, 8192, 32768)} | values
   )
 
 
@@ -51,12 +53,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.gpu = section(
     shapes=PUBLISHED, lengths=(512, 2048, 8192), dtypes=("bfloat16",), more=(("8b", 32768),),
     implementations=("chunked", "pallas_gpu", "pallas_tpu"),
-    peers=("mamba_ssm@64", "mamba_ssm@128", "mamba_ssm@256", "listing@128"), turns=20,
+    peers=("mamba_ssm@64", "mamba_ssm@128", "mamba_ssm@256", "listing@128"), turns=20, queued=10,
   )
   c.tpu = section(
     shapes=PUBLISHED, lengths=(512, 2048, 8192), dtypes=("bfloat16", "float32"),
     more=(("8b", 32768),), implementations=("chunked", "pallas_tpu", "pallas_gpu"),
-    peers=("listing@128",), turns=20,
+    peers=("listing@128",), turns=20, queued=10,
   )
   # Peak temporary bytes, compiled for this device and not run, beside those of an array
   # [b, c, l, s, h, n] of chunks of `chunk` tokens.

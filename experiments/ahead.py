@@ -18,12 +18,16 @@ from typing import Any, NamedTuple
 
 
 class Target(NamedTuple):
-  """One kind of chip: its platform, what describes it, and the packages that compile for it."""
+  """One kind of chip: its platform, what describes it, and the packages that compile for it.
+
+  compilers: the distributions whose versions decide what comes out.
+  """
 
   platform: str
   topology: str
   environment: Mapping[str, str]
   packages: tuple[str, ...]
+  compilers: tuple[str, ...]
   extra: str
   description: str = ""
 
@@ -33,7 +37,7 @@ def _tpu(topology: str, kind: str) -> Target:
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": kind, "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is held, so two may compile at once
   }
-  return Target("tpu", topology, environment, ("libtpu",), "aheadtpu")
+  return Target("tpu", topology, environment, ("libtpu",), ("libtpu",), "aheadtpu")
 
 
 # Dumps are how a kernel's registers, spills and shared memory come out of the compiler.
@@ -46,8 +50,8 @@ TARGETS: Mapping[str, Target] = {
   "v5p": _tpu("v5p:2x2x1", "v5p-8"),
   "v6e": _tpu("v6e:1x1", "v6e-1"),
   "h200": Target(
-    "cuda", "h200", GPU_ENVIRONMENT, ("jax_cuda13_plugin", "nvidia"), "aheadgpu",
-    "h200.textproto",
+    "cuda", "h200", GPU_ENVIRONMENT, ("jax_cuda13_plugin", "nvidia"),
+    ("jax_cuda13_plugin", "nvidia_cuda_nvcc"), "aheadgpu", "h200.textproto",
   ),
 }
 # Compiled anew and in full, whatever the caller asks of its own programs.

@@ -3,14 +3,16 @@
 python -m experiments.benchmark --config=configs/benchmark_ssd.py [--out=FOLDER]
 """
 
+import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
 from configs import benchmark_ssd
-from experiments import cli, console, evaluation, peers, scan_bench, scan_report
+from experiments import ahead, cli, console, evaluation, peers, scan_bench, scan_report
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,13 +27,25 @@ def main(argv: Sequence[str]) -> None:
   flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
   if cli.read(values, argv, like=benchmark_ssd.get_config()) is None:
     return
+  # Several processes share a GPU: none may take most of its memory beforehand.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   results = scan_bench.run(values.config)
-  timed = {row["contender"].partition("@")[0] for row in results["times"] if "seconds" in row}
-  machine = [evaluation.machine(), *peers.versions(name for name in peers.PEERS if name in timed)]
-  page = scan_report.markdown(results, command=command(argv), machine=", ".join(machine))
+  versions = peers.versions(packages(results), values.config.peers_path)
+  machine = ", ".join([evaluation.machine(), *versions])
+  page = scan_report.markdown(results, command=command(argv), machine=machine)
   print(page)
   if values.out:
     scan_report.write(pathlib.Path(values.out), results, page)
+
+
+def packages(results: Mapping[str, Any]) -> list[str]:
+  """Returns what else the numbers depend on: the packages of peers timed and compilers used."""
+  timed = {row["contender"].partition("@")[0] for row in results["times"] if "seconds" in row}
+  targets = {row["target"] for row in results["ahead"] if "seconds" in row}
+  used = [name for peer in peers.PEERS if peer in timed for name in peers.PEERS[peer].packages]
+  used += [name for target in ahead.TARGETS if target in targets
+           for name in ahead.TARGETS[target].compilers]
+  return [name for name in used if name != "jax"]  # the machine's line has it
 
 
 def command(argv: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,14 +36,15 @@ class Case(NamedTuple):
 class Contender(NamedTuple):
   """A scan that is ready for a case, or the reason why it is not.
 
-  calls: forward, and forward with backward: they run, wait, and return y, or y and the cotangents
-  of x, dt, a, b and c.  temporary: peak bytes of both beside arguments and results, or None.
-  error: the largest that the check found.
+  calls: forward, and forward with backward: they start, and return y, or y and the cotangents of
+  x, dt, a, b and c; `wait` waits for what they return.  temporary: peak bytes of both beside
+  arguments and results, or None.  error: the largest that the check found.
   """
 
   label: str
   chunk: int
   calls: tuple[Callable, Callable] | None = None
+  wait: Callable | None = None
   temporary: tuple[int | None, int | None] = (None, None)
   reason: str = ""
   error: float | None = None
@@ -134,9 +136,9 @@ def expected(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def prepare(
-  label: str, case: Case, arrays: Mapping[str, np.ndarray], *, peers_path: str
+  label: str, case: Case, arrays: Mapping[str, np.ndarray], *, peers_path: str, platform: str
 ) -> Contender:
-  """Returns a contender ready to run on this device, or with the reason why it cannot.
+  """Returns a contender ready to run on a device of `platform`, or the reason why it cannot.
 
   Raises:
     ValueError: an unknown name, or a peer's path that holds no peer.
@@ -145,30 +147,34 @@ def prepare(
   try:
     if name in peers.PEERS:
       fn = peers.load(name, peers_path, chunk)
-      make = peers.jax_calls if peers.PEERS[name].framework == "jax" else peers.torch_calls
-      return Contender(label, chunk, *make(fn, peers.merge(arrays)))
+      if peers.PEERS[name].framework == "torch":
+        return Contender(label, chunk, *peers.torch_calls(fn, peers.merge(arrays), platform))
+      return Contender(label, chunk, *peers.jax_calls(fn, peers.merge(arrays)))
     calls = {key.rpartition("_")[0]: v for key, v in arrays.items()}
     if chunk is None:
-      chunk = own_chunk(name, case, jax.default_backend())
+      chunk = own_chunk(name, case, platform)
     found = peers.jax_calls(scan(name, None if name == "reference" else chunk), calls)
     return Contender(label, chunk, *found)
   except peers.Missing as error:
     return Contender(label, chunk, reason=str(error))
-  except (ValueError, RuntimeError) as error:
-    reason = refused(error)
+  except Exception as error:
     # What a peer's name or path gets wrong is the user's mistake, not the peer's refusal.
-    if reason is None or (name in peers.PEERS and mistakes.is_mistake(error)):
+    if name in peers.PEERS and mistakes.is_mistake(error):
       raise
-    return Contender(label, chunk or 0, reason=reason)
+    return Contender(label, chunk or 0, reason=refused(error))
 
 
-def refused(error: Exception) -> str | None:
-  """Returns the line of a refusal: ours to run something here, or a device's for want of memory."""
+def refused(error: Exception) -> str:
+  """Returns why a contender did not run: our refusal, want of memory, or the error it died of.
+
+  One contender's failure costs no other its numbers: it stands in the page.
+  """
   text = " ".join(str(error).split())
   if mistakes.is_mistake(error):
     return text
   full = any(words in text for words in ("out of memory", "RESOURCE_EXHAUSTED"))
-  return f"out of memory: {text[:160]}" if full else None
+  kind = "out of memory" if full else f"failed with {type(error).__name__}"
+  return f"{kind}: {text[:160]}"
 
 
 def check(contender: Contender, want: Mapping[str, np.ndarray], *, tolerance: float) -> Contender:
@@ -179,17 +185,28 @@ def check(contender: Contender, want: Mapping[str, np.ndarray], *, tolerance: fl
   forward, both = contender.calls
   try:
     found = {"y (forward)": forward()[0], **dict(zip(RESULTS, both(), strict=True))}
-  except RuntimeError as error:
-    reason = refused(error)
-    if reason is None:
-      raise
-    return contender._replace(calls=None, reason=reason)
-  off = errors({name: peers.fetch(v) for name, v in found.items()}, want)
+    found = {name: peers.fetch(v) for name, v in found.items()}
+  except Exception as error:
+    return contender._replace(calls=None, reason=refused(error))
+  off = errors(found, want)
   name = max(off, key=lambda key: off[key] if off[key] == off[key] else np.inf)
   if not off[name] <= tolerance:
     reason = f"wrong: {name} is off by {off[name]:.1e} of its norm, more than {tolerance:g}"
     return contender._replace(calls=None, reason=reason, error=off[name])
   return contender._replace(error=off[name])
+
+
+def seconds(call: Callable, wait: Callable, queued: int) -> float:
+  """Returns the seconds of one of `queued` calls that are started together, then waited for.
+
+  So on an accelerator the cost of starting a call hides behind the one before, as it does in a
+  model.
+  """
+  start = time.perf_counter()
+  for _ in range(queued):
+    out = call()
+  wait(out)
+  return (time.perf_counter() - start) / queued
 
 
 def errors(found: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import math
 import pathlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -132,7 +133,9 @@ def _load_axlearn(path, chunk):
 PEERS: Mapping[str, Peer] = {
   "listing": Peer(("jax",), "jax", _load_listing),
   "transformers": Peer(("transformers", "torch"), "torch", _load_transformers),
-  "mamba_ssm": Peer(("mamba_ssm", "torch", "triton", "einops"), "torch", _load_mamba_ssm),
+  "mamba_ssm": Peer(
+    ("mamba_ssm", "torch", "triton", "einops", "packaging"), "torch", _load_mamba_ssm
+  ),
   "mamba2_jax": Peer(("mamba2_jax",), "jax", _load_mamba2_jax),
   "axlearn": Peer(("axlearn",), "jax", _load_axlearn),
 }
@@ -153,11 +156,14 @@ def load(name: str, path: str, chunk: int) -> Callable:
   return peer.load(path, chunk)
 
 
-def versions(names: Iterable[str]) -> list[str]:
-  """Returns the packages of peers with their versions; one read from a folder has none."""
-  packages = dict.fromkeys(p for name in names for p in PEERS[name].packages if p != "jax")
+def versions(packages: Iterable[str], path: str = "") -> list[str]:
+  """Returns packages with their versions, installed or as mamba-ssm in the folder `path` says."""
   known = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
-  return [f"{package} {known[package]}" for package in packages if package in known]
+  source = pathlib.Path(path, "mamba_ssm", "__init__.py")
+  if path and source.is_file():
+    found = re.search(r'__version__ = "([^"]+)"', source.read_text("utf-8"))
+    known["mamba_ssm"] = found[1] if found else "of unknown version"
+  return [f"{name} {known[name]}" for name in dict.fromkeys(packages) if name in known]
 
 
 def merge(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,7 +178,10 @@ def merge(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def jax_calls(scan: Callable, arrays: Mapping[str, jax.Array]):
-  """Returns `(forward, both)`: compiled calls that wait, and give y, or y and five cotangents."""
+  """Returns `(forward, both), wait, bytes`: compiled calls that give y, or y and five cotangents.
+
+  A call may return before it is done; `wait` waits for what it gave. Bytes are the temporary ones.
+  """
   args = [jnp.asarray(arrays[name]) for name in NAMES]
   y_bar = jnp.asarray(arrays["y_bar"])
 
@@ -182,17 +191,16 @@ def jax_calls(scan: Callable, arrays: Mapping[str, jax.Array]):
 
   forward = jax.jit(lambda args: (scan(*args),)).lower(args).compile()
   both = jax.jit(both).lower(args, y_bar).compile()
-  calls = (
-    lambda: jax.block_until_ready(forward(args)), lambda: jax.block_until_ready(both(args, y_bar))
-  )
-  return calls, tuple(p.memory_analysis().temp_size_in_bytes for p in (forward, both))
+  temporary = tuple(p.memory_analysis().temp_size_in_bytes for p in (forward, both))
+  calls = lambda: forward(args), lambda: both(args, y_bar)
+  return calls, jax.block_until_ready, temporary
 
 
-def torch_calls(scan: Callable, arrays: Mapping[str, np.ndarray]):
-  """Returns what `jax_calls` does, of a scan in torch on the same device; no bytes are reported."""
+def torch_calls(scan: Callable, arrays: Mapping[str, np.ndarray], platform: str):
+  """Returns what `jax_calls` does, of a scan in torch on `platform`; no bytes are reported."""
   import torch
 
-  device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+  device = "cuda" if platform == "gpu" else "cpu"
 
   def tensor(v):
     wide = torch.from_numpy(np.array(v, np.float32))
@@ -205,17 +213,16 @@ def torch_calls(scan: Callable, arrays: Mapping[str, np.ndarray]):
   def wait(out):
     if device == "cuda":
       torch.cuda.synchronize()
-    return out
 
   def forward():
     with torch.no_grad():
-      return wait((scan(*args),))
+      return (scan(*args),)
 
   def both():
     y = scan(*leaves)
-    return wait((y.detach(), *torch.autograd.grad(y, leaves, y_bar)))
+    return (y.detach(), *torch.autograd.grad(y, leaves, y_bar))
 
-  return (forward, both), (None, None)
+  return (forward, both), wait, (None, None)
 
 
 def fetch(v) -> np.ndarray:

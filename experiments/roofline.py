@@ -4,10 +4,11 @@ The counts of FLOPs are the same for every contender: whole Q x Q blocks, C B^T 
 forward with its backward as three forwards; only the chunk length Q is the contender's own.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ PROBES = {
   "tpu": (8192, (1024, 256, 256, 128), 2**28),
 }
 
-SWEEPS = 8  # reads and writes of all elements in one call
+# Reads and writes of all elements in one call; the copy before them is not counted.
+SWEEPS = 32
 
 
 class Peaks(NamedTuple):
@@ -86,7 +88,7 @@ def slow_path_bytes(shape: Shape, L: int, chunk: int) -> float:
 
 
 def probes(dtype: str) -> dict[str, tuple[Callable[[], object], float]]:
-  """Returns name -> (a call that waits, FLOPs or bytes of it): what `Peaks` is measured from."""
+  """Returns name -> (a call, FLOPs or bytes of it): what `Peaks` is measured from."""
   side, (count, rows, inner, columns), size = PROBES[jax.default_backend()]
   keys = jax.random.split(jax.random.key(0), 5)
   square = [jax.random.normal(k, (side, side), dtype) for k in keys[:2]]
@@ -98,31 +100,36 @@ def probes(dtype: str) -> dict[str, tuple[Callable[[], object], float]]:
   # In place: a result of its own would measure how fast the system hands out pages.
   sweep = jax.jit(lambda a: jax.lax.fori_loop(0, SWEEPS, lambda _, a: a * 0.5, a))
   return {
-    "matmul": (lambda: jax.block_until_ready(dot(*square)), 2.0 * side**3),
-    "batched": (
-      lambda: jax.block_until_ready(dot(left, right)), 2.0 * count * rows * inner * columns
-    ),
-    "memory": (lambda: jax.block_until_ready(sweep(flat)), 2.0 * SWEEPS * flat.nbytes),
+    "matmul": (lambda: dot(*square), 2.0 * side**3),
+    "batched": (lambda: dot(left, right), 2.0 * count * rows * inner * columns),
+    "memory": (lambda: sweep(flat), 2.0 * SWEEPS * flat.nbytes),
   }
 
 
-def take_turns(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+def take_turns(calls: dict[Any, Callable[[], float]], turns: int) -> dict[Any, list[float]]:
   """Returns the seconds of each call's turns; all take turns, after one turn that is not counted.
 
-  So whatever else the machine does slows all of them alike.
+  So whatever else the machine does slows all of them alike. Calls measure themselves.
   """
   seconds = {name: [] for name in calls}
   for turn in range(turns + 1):
     for name, call in calls.items():
-      start = time.perf_counter()
-      call()
+      found = call()
       if turn:
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(found)
   return seconds
+
+
+def timed(call: Callable[[], object]) -> float:
+  """Returns the seconds until what a call returns is ready."""
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
 
 
 def measure(dtype: str, turns: int) -> Peaks:
   """Returns the median rates of products and memory of this device in a dtype."""
   made = probes(dtype)
-  seconds = take_turns({name: call for name, (call, _) in made.items()}, turns)
+  calls = {name: functools.partial(timed, call) for name, (call, _) in made.items()}
+  seconds = take_turns(calls, turns)
   return Peaks(**{name: made[name][1] / statistics.median(seconds[name]) for name in made})

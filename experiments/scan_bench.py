@@ -1,15 +1,19 @@
 """The scan's benchmark: checks, times and compares contenders, and compiles what cannot run."""
 
+import functools
 import math
+import pathlib
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import ahead, contenders, mistakes, roofline
+from experiments import ahead, apart, contenders, mistakes, roofline
 from experiments.contenders import Case, Contender
 from experiments.roofline import PASSES, Peaks
 from hybridlm.ops.ssd import api
@@ -30,14 +34,15 @@ def run(config: ConfigDict) -> dict[str, Any]:
   cases = check_config(config)
   peaks = {dtype: roofline.measure(dtype, section.turns) for dtype in section.dtypes if cases}
   times = []
-  for case in cases:
-    rows = list(measure(case, section, config, peaks[case.dtype]))
-    times += rows
-    ready = sum(row["status"] == "ok" for row in rows)
-    print(f"{case.shape} L={case.L} {case.dtype}: {ready} of {len(rows)} timed", flush=True)
-    for row in rows:
-      if row["status"].startswith("wrong"):
-        print(f"  {row['contender']} {row['status']}", flush=True)
+  with apart.hosts((*section.implementations, *section.peers) if cases else ()) as hosts:
+    for case in cases:
+      rows = list(measure(case, section, config, peaks[case.dtype], hosts))
+      times += rows
+      ready = sum(row["status"] == "ok" for row in rows)
+      print(f"{case.shape} L={case.L} {case.dtype}: {ready} of {len(rows)} timed", flush=True)
+      for row in rows:
+        if row["status"].startswith(("wrong", "failed")):
+          print(f"  {row['contender']} {row['status']}", flush=True)
   return {
     "peaks": {dtype: found._asdict() for dtype, found in peaks.items()},
     "times": times,
@@ -67,26 +72,30 @@ def check_config(config: ConfigDict) -> list[Case]:
     with mistakes.about(f"ahead.{part}.targets"):
       for target in config.ahead[part].targets:
         ahead.missing(target)
-  if section.turns < 1:
-    raise ValueError(f"{platform}.turns {section.turns} is below 1: nothing would be measured")
+  for key in ("turns", "queued"):
+    if section[key] < 1:
+      raise ValueError(f"{platform}.{key} {section[key]} is below 1: nothing would be measured")
   return contenders.cases(section.shapes, section.lengths, section.dtypes, section.more)
 
 
-def measure(case: Case, section: ConfigDict, config: ConfigDict, peaks: Peaks) -> Iterator[Row]:
+def measure(
+  case: Case, section: ConfigDict, config: ConfigDict, peaks: Peaks,
+  hosts: Mapping[str, apart.Host | apart.Apart],
+) -> Iterator[Row]:
   """Yields a row for each contender and pass of a case: checked, then timed in turns."""
-  arrays = contenders.inputs(case, seed=config.seed)
-  want = contenders.expected(arrays)
-  found = []
-  for label in (*section.implementations, *section.peers):
-    contender = contenders.prepare(label, case, arrays, peers_path=config.peers_path)
-    if contender.calls is not None:
-      tolerance = config.tolerance[case.dtype]
-      contender = contenders.check(contender, want, tolerance=tolerance)
-    found.append(contender)
+  with tempfile.TemporaryDirectory() as folder:
+    want = str(pathlib.Path(folder, "want.npz"))
+    np.savez(want, **contenders.expected(contenders.inputs(case, seed=config.seed)))
+    problem = apart.Problem(
+      case, config.seed, want, config.tolerance[case.dtype], config.peers_path,
+      jax.default_backend(),
+    )
+    found = [host.ready(label, problem) for label, host in hosts.items()]
   calls = {
-    (contender.label, passes): call
-    for contender in found if contender.calls is not None
-    for passes, call in zip(PASSES, contender.calls, strict=True)
+    (contender.label, passes): functools.partial(
+      hosts[contender.label].turn, contender.label, passes, section.queued
+    )
+    for contender in found if not contender.reason for passes in PASSES
   }
   seconds = roofline.take_turns(calls, section.turns)
   for contender in found:

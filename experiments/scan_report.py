@@ -191,7 +191,7 @@ def write(folder: pathlib.Path, results: Mapping[str, Any], page: str) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   timed = [row for row in results["times"] if row["status"] == "ok"]
   if timed:
-    plot(timed, folder / "times.png")
+    artefacts.write_bytes(folder / "times.png", plot(timed))
     page += "\n![times](times.png)\n"
   for name in ("times", "ratios", "memory", "ahead"):
     if results[name]:
@@ -200,8 +200,9 @@ def write(folder: pathlib.Path, results: Mapping[str, Any], page: str) -> None:
   artefacts.write_bytes(folder / "report.md", page.encode())
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-  """Draws milliseconds over tokens: a column a shape, a row a pass, a line a contender."""
+def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+  """Returns a PNG of milliseconds over tokens: a column a shape, a row a pass, a line a contender.
+  """
   shapes = list(dict.fromkeys(row["shape"] for row in rows))
   labels = list(dict.fromkeys((row["contender"], row["dtype"]) for row in rows))
   many = len({dtype for _, dtype in labels}) > 1
@@ -236,4 +237,6 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     line[0].set_ylabel("ms")
   handles, names = grid[0][0].get_legend_handles_labels()
   figure.legend(handles, names, loc="outside right upper", fontsize=8)
-  figure.savefig(path, dpi=110)
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=110, format="png")
+  return picture.getvalue()

@@ -131,7 +131,7 @@ def scans(name, dtype):
   ]
 
 
-@pytest.mark.slow
+@pytest.mark.ahead
 def test_a_tpu_kernels_vmem_grows_by_its_scratch_until_it_does_not_fit():
   jobs = [ahead.Job("cases.ahead_toys:tpu", {"scratch_rows": rows}) for rows in (64, 1024, 4096)]
   small, large, too_large = compiled("v5e", jobs)
@@ -140,7 +140,7 @@ def test_a_tpu_kernels_vmem_grows_by_its_scratch_until_it_does_not_fit():
   assert small["arguments"] == 128 * 64 * 1024 * 4 and "vmem" in too_large["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.ahead
 def test_a_gpu_kernels_shared_memory_is_its_arrays_also_where_an_equal_one_was_compiled_before():
   jobs = [ahead.Job("cases.ahead_toys:gpu", {"rows": rows}) for rows in (128, 64, 128, 4096)]
   first, other, again, too_large = compiled("h200", jobs)
@@ -148,7 +148,7 @@ def test_a_gpu_kernels_shared_memory_is_its_arrays_also_where_an_equal_one_was_c
   assert again["kernels"] == first["kernels"] and "shared memory" in too_large["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.ahead
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
 def test_the_scan_compiles_for_tpus_forward_and_backward(target, dtype):
@@ -160,7 +160,7 @@ def test_the_scan_compiles_for_tpus_forward_and_backward(target, dtype):
   assert all(0 < kernel["vmem"] <= 2**27 for kernel in both["kernels"])
 
 
-@pytest.mark.slow
+@pytest.mark.ahead
 def test_the_scan_compiles_for_the_h200_forward_and_backward_without_spills():
   reports = compiled("h200", scans("pallas_gpu", "bfloat16"))
   assert not [report["error"] for report in reports if "error" in report]
@@ -170,7 +170,7 @@ def test_the_scan_compiles_for_the_h200_forward_and_backward_without_spills():
   assert all(kernel["shared"] <= 232448 for kernel in both["kernels"])
 
 
-@pytest.mark.slow
+@pytest.mark.ahead
 def test_a_process_that_dies_says_how_far_it_came(tmp_path):
   with pytest.raises(RuntimeError, match="after 0 of 1 programs"):
     compiled("v5e", [ahead.Job("cases.ahead_toys:no_such_program", {})])

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from configs import benchmark_ssd
-from experiments import benchmark, console, contenders, peers, roofline, scan_bench, scan_report
+from experiments import (
+  apart,
+  benchmark,
+  console,
+  contenders,
+  peers,
+  roofline,
+  scan_bench,
+  scan_report,
+)
 from experiments.contenders import Case
 from experiments.roofline import PASSES, Shape
 from hybridlm.ops.ssd import api
@@ -28,7 +37,7 @@ def _problem():
 
 def ready(label, problem):
   arrays, want = problem
-  return contenders.prepare(label, CASE, arrays, peers_path=""), want
+  return contenders.prepare(label, CASE, arrays, peers_path="", platform="cpu"), want
 
 
 def test_flops_are_those_of_the_products_of_a_chunk():
@@ -65,9 +74,16 @@ def test_shapes_have_the_heads_and_widths_of_the_published_models():
 
 def test_all_calls_take_turns_after_one_that_is_not_counted():
   seen = []
-  calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+  calls = {name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}
   seconds = roofline.take_turns(calls, 2)
-  assert seen == ["a", "b"] * 3 and [len(found) for found in seconds.values()] == [2, 2]
+  assert seen == ["a", "b"] * 3 and seconds == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_queued_calls_are_started_together_waited_for_once_and_counted_singly(monkeypatch):
+  seen, clock = [], iter([2.0, 14.0])
+  monkeypatch.setattr(contenders.time, "perf_counter", lambda: next(clock))
+  calls = iter("abc")
+  assert contenders.seconds(lambda: next(calls), seen.append, 3) == 4.0 and seen == ["c"]
 
 
 @pytest.mark.parametrize("label", ["chunked", "chunked@7", "reference", "listing@4", "listing@9"])
@@ -113,6 +129,37 @@ def test_a_result_that_is_no_number_is_wrong(problem):
   assert checked.calls is None and "y (forward) is off by nan" in checked.reason
 
 
+@pytest.mark.parametrize("error, words", [
+  (RuntimeError("RESOURCE_EXHAUSTED: 7 bytes"), "out of memory: RESOURCE_EXHAUSTED: 7 bytes"),
+  (KeyError("a\nb"), "failed with KeyError: 'a\\nb'"),
+])
+def test_a_contender_that_fails_stands_there_with_its_error_and_costs_no_other(
+  error, words, problem
+):
+  contender, want = ready("listing@4", problem)
+
+  def fail():
+    raise error
+
+  checked = contenders.check(
+    contender._replace(calls=(fail, fail)), want, tolerance=TOLERANCE
+  )
+  assert checked.calls is None and checked.reason == words
+
+
+def test_a_process_that_ends_or_does_not_answer_is_its_contenders_failure(monkeypatch):
+  case = apart.Problem(CASE, 0, "no such file", TOLERANCE, "", "cpu")
+  with apart.hosts(("chunked", "listing@4")) as hosts:
+    assert "FileNotFoundError" in hosts["listing@4"].ready("listing@4", case).reason
+    hosts["chunked"]._process.kill()
+    found = hosts["chunked"].ready("chunked", case)
+    assert found.reason == "failed: its process ended with -9"
+    monkeypatch.setattr(apart, "PATIENCE", 0)
+    late = hosts["listing@4"].ready("listing@4", case)
+    assert late.reason == "failed: no answer within 0 seconds"
+    assert hosts["listing@4"].ready("listing@4", case).reason == late.reason
+
+
 def test_a_kernel_of_another_platform_and_a_peer_that_is_not_installed_say_why(problem):
   tpu, _ = ready("pallas_tpu", problem)
   gone, _ = ready("axlearn@1", problem)
@@ -147,6 +194,19 @@ def test_a_folder_without_the_peer_is_a_mistake_and_one_with_it_is_read_as_it_li
   assert scan("x", "dt", "A", "B", "C") == ("x", "C", 8)
   for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
     del sys.modules[name]
+
+
+def test_a_page_names_the_compilers_and_the_peers_that_its_numbers_depend_on(tmp_path):
+  results = {
+    "times": [{"contender": "mamba_ssm@64", "seconds": 1.0}, {"contender": "axlearn@1"}],
+    "ahead": [{"target": "v5e", "seconds": 1.0}, {"target": "h200", "missing": "a package"}],
+  }
+  names = benchmark.packages(results)
+  assert names == ["mamba_ssm", "torch", "triton", "einops", "packaging", "libtpu"]
+  (tmp_path / "mamba_ssm").mkdir()
+  (tmp_path / "mamba_ssm" / "__init__.py").write_text('__version__ = "7.5"\nimport compiled\n')
+  assert peers.versions(["mamba_ssm", "no_such"], str(tmp_path)) == ["mamba_ssm 7.5"]
+  assert peers.versions(["jax"]) == [f"jax {jax.__version__}"]
 
 
 def test_heads_of_peers_are_ours_group_by_group(problem):
@@ -188,6 +248,7 @@ def test_ratios_are_geometric_means_over_cases_at_each_chunk_at_the_models_and_a
   ("cpu.peers=('listing',)", "cpu: contender 'listing': a peer takes a chunk"),
   ("cpu.peers=('listing@x',)", "cpu: contender 'listing@x': the chunk 'x' is not a number"),
   ("cpu.turns=0", "cpu.turns 0 is below 1"),
+  ("cpu.queued=0", "cpu.queued 0 is below 1"),
   ("memory.shapes=('x',)", "memory: shape 'x'"),
   ("ahead.tpu.targets=('v4',)", "ahead.tpu.targets: ahead-of-time target 'v4'"),
 ])
@@ -244,11 +305,12 @@ def test_a_kernel_is_itself_wherever_it_stands_in_the_program():
 
 def test_the_command_checks_times_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(roofline.PROBES, "cpu", (32, (2, 8, 8, 8), 64))
-
-  def wrong(path, chunk):
-    return lambda x, dt, A, B, C: 2 * peers.listing(x, dt, A, B, C, chunk=chunk)
-
-  monkeypatch.setitem(peers.PEERS, "mamba2_jax", peers.Peer((), "jax", wrong))
+  # A peer that is there, and wrong, for processes that know nothing of this test but the path.
+  package = tmp_path / "packages" / "mamba2_jax"
+  package.mkdir(parents=True)
+  (package / "__init__.py").write_text("")
+  (package / "modeling.py").write_text("def ssd_forward(x, *rest):\n  return (x,)\n")
+  monkeypatch.syspath_prepend(str(package.parent))
   values = {
     "cpu.shapes": "('toy',)", "cpu.lengths": "(23,)", "cpu.more": "()", "cpu.turns": "1",
     "cpu.implementations": "('chunked','pallas_tpu')",
