@@ -2,7 +2,8 @@
 
 Everything asynchronous happens as late as it may: a copy into shared memory destroys what was
 there at once and arrives when its barrier is waited for; a copy out of it reads when its thread
-waits for that. What was never written is NaN. So a missing wait gives wrong values, a missing
+waits for that; a pipeline's buffer is destroyed when its step is over. What was never written is
+NaN. So a missing wait gives wrong values, a missing
 `commit_smem`, a barrier that is waited for out of turn, and a deadlock raise.
 What it cannot see: layouts, swizzles, register limits; those are the compiler's to check.
 """
@@ -26,35 +27,41 @@ HERE = threading.local()
 
 
 class Ref:
-  """A view of memory with the indexing of a Pallas reference."""
+  """A view of memory with the indexing of a Pallas reference.
 
-  def __init__(self, array, block=None):
-    self.array, self.block = array, block
+  `writer` is shaped alike: 0, or the number from 1 of the thread that wrote and did not commit.
+  None for global memory.
+  """
+
+  def __init__(self, array, writer=None):
+    self.array, self.writer = array, writer
     self.shape, self.dtype = array.shape, array.dtype
 
   @property
   def at(self):
     """Returns what makes a smaller reference by indexing."""
-    return _At(lambda index: Ref(self.array[_plain(index)], self.block))
+    return _At(lambda index: self._view(lambda v: v[(*_plain(index), ...)]))
 
   def transpose(self, order):
     """Returns the reference with its axes in another order."""
-    return Ref(self.array.transpose(order), self.block)
+    return self._view(lambda v: v.transpose(order))
+
+  def _view(self, see):
+    return Ref(see(self.array), None if self.writer is None else see(self.writer))
 
   def __getitem__(self, index):
     return np.array(self.array[_plain(index)])
 
   def __setitem__(self, index, value):
-    target = self.array[_plain(index)]
+    target = self.at[index]
     assert target.shape == value.shape and target.dtype == value.dtype
-    target[...] = np.asarray(value)
-    if self.block is not None:
-      with self.block.lock:
-        self.block.uncommitted[_address(target)] = HERE.axes[self.block.thread_name]
+    target.array[...] = np.asarray(value)
+    if target.writer is not None:
+      target.writer[...] = HERE.thread + 1
 
   def committed(self):
     """Returns the values as TMA and tensor cores see them; raises before `commit_smem`."""
-    assert _address(self.array) not in self.block.uncommitted, "read before commit_smem"
+    assert not self.writer.any(), "read before commit_smem"
     return np.array(self.array)
 
 
@@ -63,6 +70,7 @@ class Barriers:
 
   def __init__(self, count, arrivals):
     self.ring = [Barrier(arrivals) for _ in range(count)]
+    self.arrive, self.wait = self.ring[0].arrive, self.ring[0].wait
 
   @property
   def at(self):
@@ -119,13 +127,18 @@ class Accumulator:
 
 
 class Block:
-  """One block's shared memory, of which some was written but not committed."""
+  """One block's shared memory and barriers."""
 
-  def __init__(self, scratch, thread_name):
-    self.uncommitted, self.lock, self.thread_name = {}, threading.Lock(), thread_name
+  def __init__(self, scratch):
+    self.memory = []
     self.arguments = {
       name: make(self) if callable(make) else make for name, make in scratch.items()
     }
+
+  def allocate(self, shape, dtype):
+    """Returns memory that nobody wrote yet."""
+    self.memory.append(Ref(_unwritten(shape, dtype), np.zeros(shape, np.int32)))
+    return self.memory[-1]
 
 
 class _At:
@@ -151,14 +164,17 @@ def emulated():
       "barrier_arrive": lambda barrier: barrier.arrive(), "barrier_wait": lambda b: b.wait(),
       "copy_gmem_to_smem": _copy_in, "copy_smem_to_gmem": _copy_out,
       "wait_smem_to_gmem": _await_copies_out, "commit_smem": _commit,
-      "set_max_registers": lambda count, action: None,
+      "set_max_registers": lambda count, action: None, "emit_pipeline": _pipeline,
     },
     pl: {
       "when": lambda condition: lambda body: body() if condition else None,
       "loop": lambda low, high: lambda body: [body(i) for i in range(int(low), int(high))],
       "run_scoped": lambda body, *cells: body(*cells), "run_state": _run_state,
     },
-    jax.lax: {"fori_loop": _fori_loop, "axis_index": lambda name: HERE.axes[name]},
+    jax.lax: {
+      "fori_loop": _fori_loop, "axis_index": lambda name: HERE.axes[name],
+      "switch": lambda index, branches: branches[index](),
+    },
   }
   with contextlib.ExitStack() as stack:
     for module, names in stand_ins.items():
@@ -168,7 +184,8 @@ def emulated():
 
 
 def kernel(
-  body, *, out_type, scratch_types, grid, grid_names, num_threads, thread_name, compiler_params
+  body, *, out_type, scratch_types, grid, grid_names, compiler_params, kernel_name, num_threads=1,
+  thread_name=None,
 ):
   """Stands in for `plgpu.kernel`: blocks run one after the other, their warpgroups together."""
   def run(*arrays):
@@ -176,11 +193,11 @@ def kernel(
     refs = [Ref(np.array(v)) for v in (*arrays, *outputs)]
     outputs = refs[len(arrays):]
     for at in itertools.product(*(range(n) for n in grid)):
-      block = Block(scratch_types, thread_name)
+      block = Block(scratch_types)
 
       def thread(i, at=at, block=block):
         HERE.axes, HERE.copies, HERE.block = dict(zip(grid_names, at, strict=True)), [], block
-        HERE.axes[thread_name] = i
+        HERE.axes[thread_name] = HERE.thread = i
         body(*refs, **block.arguments)
         assert not HERE.copies, "the block ended with copies under way"
 
@@ -197,10 +214,10 @@ def _unwritten(shape, dtype):
 
 
 def _smem(shape, dtype, transforms=()):
-  return lambda block: Ref(_unwritten(shape, dtype), block)
+  return lambda block: block.allocate(shape, dtype)
 
 
-def _barriers(num_arrivals, num_barriers):
+def _barriers(num_arrivals=1, num_barriers=1):
   return lambda block: Barriers(num_barriers, num_arrivals)
 
 
@@ -208,13 +225,9 @@ def _plain(index):
   index = index if isinstance(index, tuple) else (index,)
   return tuple(
     slice(int(i.start), int(i.start) + i.size) if isinstance(i, pl.Slice)
-    else i if i is Ellipsis else int(i)
-    for i in index
+    else i if isinstance(i, slice) else int(i)
+    for i in index if i is not Ellipsis
   )
-
-
-def _address(array):
-  return array.__array_interface__["data"][0]
 
 
 def _copy_in(source, target, barrier):
@@ -234,10 +247,8 @@ def _await_copies_out(count, wait_read_only=False):
 
 
 def _commit():
-  block, thread = HERE.block, HERE.axes[HERE.block.thread_name]
-  with block.lock:
-    for address in [k for k, owner in block.uncommitted.items() if owner == thread]:
-      del block.uncommitted[address]
+  for ref in HERE.block.memory:
+    ref.writer[ref.writer == HERE.thread + 1] = 0
 
 
 def _wgmma(cell, left, right):
@@ -260,3 +271,29 @@ def _fori_loop(low, high, body, carry):
   for i in range(low, high):
     carry = body(i, carry)
   return carry
+
+
+def _pipeline(body, *, grid, in_specs, max_concurrent_steps, init_carry):
+  """Stands in for `plgpu.emit_pipeline` along one axis, of inputs alone."""
+  (steps,) = grid
+
+  def run(*sources):
+    def part(source, spec, k):
+      index = zip(spec.index_map(k), spec.block_shape, strict=True)
+      return source.at[tuple(i if size is None else pl.ds(i * size, size) for i, size in index)]
+
+    rings = [
+      HERE.block.allocate((max_concurrent_steps, *part(source, spec, 0).shape), source.dtype)
+      for source, spec in zip(sources, in_specs, strict=True)
+    ]
+    carry = init_carry
+    for k in range(steps):
+      buffers = [ring.at[k % max_concurrent_steps] for ring in rings]
+      for buffer, source, spec in zip(buffers, sources, in_specs, strict=True):
+        buffer.array[...] = part(source, spec, k).array
+      carry = body((k,), *buffers, carry)
+      for buffer in buffers:
+        buffer.array[...] = np.nan
+    return carry
+
+  return run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cases import gpu_backward_twin as twin
-from cases import gpu_forward_twin
+from cases import gpu_emulator, gpu_forward_twin
 from cases import ssd as cases
 from hybridlm.ops.ssd import chunked, pallas_gpu, reference, vjp
 from hybridlm.ops.ssd.pallas_gpu import backward, backward_tiles
@@ -124,6 +124,55 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(P, N, fresh, kept):
   assert len(re.findall("custom_call @mosaic_gpu", lowered.as_text())) == 2
 
 
+# Every path: batch, length, groups, heads, channels, states. Rings are 3, 2, 4 and 2 heads deep;
+# the states' cotangents read 4 chunks ahead.
+BODIES = {
+  "turns of every ring": (1, 128, 2, 5, 64, 128), "overlapping tiles": (2, 64, 1, 3, 80, 128),
+  "fewer heads than a ring": (1, 320, 1, 1, 64, 16), "wide": (1, 64, 1, 5, 64, 256),
+  "wide, one head": (1, 128, 1, 1, 80, 192),
+}
+# Steps and rates, log-uniform: huge steps, steep rates, all sizes.
+EXTREMES = {"steps": ((1e3, 1e8), (0.5, 2)), "rates": ((0.01, 1), (1e6, 1e12)),
+            "all sizes": ((1e-12, 1e6), (1e-6, 1e6))}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_steps_and_rates_have_the_gradients_of_the_recurrence(name):
+  arguments, rng = cases.make(cases.CASES["given_state"]), np.random.default_rng(13)
+  dt_BLGH, a_GH = (
+    np.exp(rng.uniform(*np.log(limits), arguments[name].shape)).astype(np.float32)
+    for name, limits in zip(("dt_BLGH", "a_GH"), EXTREMES[name], strict=True)
+  )
+  arguments |= {"dt_BLGH": dt_BLGH, "a_GH": -a_GH}
+  with jax.enable_x64(True):
+    wide = {k: v if v is None else np.float64(v) for k, v in arguments.items()}
+    want = gradients(reference.ssd, wide)
+  got = gradients(functools.partial(vjp.ssd, passes=EXACT, chunk=8), arguments)
+  # A decay is as exact as the chunk's sum of logarithms, none of them below -104.
+  tolerance = GRADIENTS + 8 * 104 * float(np.finfo(np.float32).eps)
+  for leaf, v in got.items():
+    close(v, want[leaf], tolerance)
+
+
+@pytest.mark.parametrize(("name", "fresh"), [(name, i % 2 == 0) for i, name in enumerate(BODIES)])
+def test_the_bodies_of_the_kernels_do_that_arithmetic_however_late_copies_are(
+  name, fresh, monkeypatch
+):
+  monkeypatch.setattr(twin, "TILE", 64)
+  rng = np.random.default_rng(sum(BODIES[name]))
+  given = list(jax.tree.map(
+    lambda v: jnp.asarray(rng.standard_normal(v.shape), v.dtype), shapes(*BODIES[name])
+  ))
+  given[1], given[2] = 0.1 * jnp.abs(given[1]), -jnp.abs(given[2])
+  given[6] = jnp.asarray(rng.random(given[6].shape) < 0.03) if fresh else None
+  with gpu_emulator.emulated():
+    got = backward(*given, chunk=64)
+  want = jax.jit(functools.partial(twin.backward, chunk=64))(*given)
+  for one, other in zip(got, want, strict=True):
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    close(one, other, 2**-8)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_published_shape_fits_with_a_head_loaded_ahead(name):
   _, H, P, N = MODELS[name]
@@ -146,6 +195,7 @@ BAD = {
   "chunk": ({}, 32, "chunk 32 is not 64 in pallas_gpu's way back"),
   "channels": ({"P": 48}, 64, "P = 48 is not a multiple of 16 from 64 to 128"),
   "state": ({"N": 96}, 64, "N = 96 is not a multiple of 16 up to 64 or of 64 up to 256"),
+  "memory": ({"P": 80, "N": 256}, 64, "P = 80 and N = 256 need more than the 232448 bytes"),
 }
 
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from hybridlm.ops.ssd.pallas_gpu import backward_chunk, backward_state
-from hybridlm.ops.ssd.pallas_gpu.backward_tiles import ROWS, SUMS, Q
+from hybridlm.ops.ssd.pallas_gpu import backward_chunk, backward_state, table
+from hybridlm.ops.ssd.pallas_gpu.backward_tiles import ROWS, SHARED_BYTES, SUMS, Q, make_plan
 
 
 def backward(
@@ -70,6 +70,9 @@ def refusal(
     return f"P = {P} is not a multiple of 16 from 64 to 128 in pallas_gpu's way back"
   if N % 16 or N > 256 or (N > 64 and N % 64):
     return f"N = {N} is not a multiple of 16 up to 64 or of 64 up to 256 in pallas_gpu's way back"
+  if make_plan(x_BLGHP.shape[3], P, N) is None:
+    need = f"P = {P} and N = {N} need more than the {SHARED_BYTES} bytes of shared memory"
+    return f"{need} that pallas_gpu's way back has"
   return None
 
 
@@ -81,7 +84,8 @@ def make_rows(dt_BLGH, a_GH, skip_GH, fresh_BL, *, chunk):
   B, L, G, H = dt_BLGH.shape
   C = L // chunk
   dt_BGHCQ = jnp.moveaxis(dt_BLGH, 1, 3).reshape(B, G, H, C, chunk)
-  sum_BGHCQ = jnp.cumsum(dt_BGHCQ * a_GH[:, :, None, None], axis=-1)
+  log_BGHCQ = jnp.maximum(dt_BGHCQ * a_GH[:, :, None, None], table.LEAST_LOG)
+  sum_BGHCQ = jnp.cumsum(log_BGHCQ, axis=-1)
   run_BCQ = jnp.zeros((B, C, chunk), jnp.float32)
   if fresh_BL is not None:
     run_BCQ = jnp.cumsum(fresh_BL.reshape(B, C, chunk), axis=-1).astype(jnp.float32)
@@ -100,17 +104,24 @@ def make_rows(dt_BLGH, a_GH, skip_GH, fresh_BL, *, chunk):
 
 
 def gather(sums_BGHCRQ, rows_BGHCRQ, dt_BLGH, a_GH):
-  """Returns the cotangents of dt, a and skip from the sums that every chunk left."""
+  """Returns the cotangents of dt, a and skip from the sums that every chunk left.
+
+  A step's logarithm gets what crosses it: pairs with a source before it and a target from it on,
+  readers of the state before from it on, sources before it that the state after has, and what
+  goes through the whole chunk. Pairs are a difference of sums, as the kernel leaves them.
+  """
   sums = dict(zip(SUMS, jnp.moveaxis(sums_BGHCRQ, 4, 0), strict=True))
   first_BGHCQ = rows_BGHCRQ[..., ROWS.index("first"), :]
-  log_bar_BGHCQ = sums["from"] + sums["first"] - sums["into"] - sums["last"]
-  end_BGHC = jnp.sum(sums["last"], axis=-1)
-  end_BGHC += first_BGHCQ[..., -1] * jnp.sum(sums["whole"], axis=-1)
-  later_BGHCQ = jax.lax.cumsum(log_bar_BGHCQ, axis=4, reverse=True) + end_BGHC[..., None]
+  readers_BGHCQ = sums["from"] - sums["into"] + sums["first"]
+  through_BGHC = first_BGHCQ[..., -1] * jnp.sum(sums["whole"], axis=-1)
+  log_bar_BGHCQ = jax.lax.cumsum(readers_BGHCQ, axis=4, reverse=True) + through_BGHC[..., None]
+  sources_BGHCQ = jnp.cumsum(sums["last"], axis=4)[..., :-1]
+  log_bar_BGHCQ = log_bar_BGHCQ.at[..., 1:].add(sources_BGHCQ)
   B, L, G, H = dt_BLGH.shape
   log_bar_BLGH, share_BLGH = (
-    jnp.moveaxis(v.reshape(B, G, H, L), 3, 1) for v in (later_BGHCQ, sums["share"])
+    jnp.moveaxis(v.reshape(B, G, H, L), 3, 1) for v in (log_bar_BGHCQ, sums["share"])
   )
+  log_bar_BLGH = jnp.where(dt_BLGH * a_GH < table.LEAST_LOG, 0, log_bar_BLGH)
   dt_bar_BLGH = a_GH * log_bar_BLGH + share_BLGH
   a_bar_GH = jnp.sum(dt_BLGH * log_bar_BLGH, axis=(0, 1))
   return dt_bar_BLGH, a_bar_GH, jnp.sum(sums["skip"], axis=(0, 3, 4))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hybridlm.ops.ssd.pallas_gpu import lowering
 from hybridlm.ops.ssd.pallas_gpu.backward_sides import (
   Ring,
   add_product,
@@ -58,7 +59,8 @@ def run(
     grid_names=("chunk", "group", "batch"),
     num_threads=3,
     thread_name="side",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    kernel_name="ssd_backward_chunk",
+    compiler_params=lowering.LANE,
   )
   x_bar_BLGHP, b_bar_BLGN, c_bar_BLGN, sums_BGHCRQ = kernel(
     x_BLGHP.reshape(B, L, G * H, P), y_bar_BLGHP.reshape(B, L, G * H, P),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hybridlm.ops.ssd.pallas_gpu import lowering
 from hybridlm.ops.ssd.pallas_gpu.backward_tiles import (
   BY_COLUMN,
   BY_ROW,
@@ -59,7 +60,7 @@ def query_side(rings, c_smem, sums_smem, out, plan):
 
   def step(h, c_bar_QN):
     _, y_bar_smem, rows_smem = x_ring.wait(h)
-    first_Q = plgpu.load(rows_smem, (ROWS.index("first"),), layout=BY_ROW)
+    first_Q = _row(rows_smem, "first")
     (state_smem,) = state_ring.wait(h)
     for part in plan.parts:
       first_QP = _scaled(y_bar_smem.at[:, part], first_Q)
@@ -81,8 +82,8 @@ def source_side(rings, sources, sums_smem, out, plan):
 
   def step(h, b_bar_SN):
     x_smem, _, rows_smem = x_ring.wait(h)
-    dt_S = plgpu.load(rows_smem, (ROWS.index("dt"),), layout=BY_ROW)
-    last_S = plgpu.load(rows_smem, (ROWS.index("last"),), layout=BY_ROW)
+    dt_S = _row(rows_smem, "dt")
+    last_S = _row(rows_smem, "last")
     (bar_smem,) = bar_ring.wait(h)
     for part in plan.parts:
       last_SP = _scaled(x_smem.at[:, part], dt_S * last_S)
@@ -142,7 +143,7 @@ def pair_side(rings, group, smem, out, plan):
     (x_smem, y_bar_smem, rows_smem), (bar_smem,) = x_ring.wait(h), bar_ring.wait(h)
 
     def row(name):
-      return plgpu.load(rows_smem, (ROWS.index(name),), layout=BY_ROW)
+      return _row(rows_smem, name)
 
     def put(name, sum_S):
       sums_smem[SUMS.index(name)] = sum_S
@@ -151,7 +152,7 @@ def pair_side(rings, group, smem, out, plan):
     mixes, cb_bars, into_S = [], [], jnp.zeros((Q,), jnp.float32)
     for i, half in enumerate(HALVES):
       cb_SQ = cb_halves[i]
-      sum_Q = plgpu.load(rows_smem, (ROWS.index("sum"), half), layout=BY_COLUMN)
+      sum_Q = plgpu.layout_cast(rows_smem[ROWS.index("sum"), half], BY_COLUMN)
       # Pairs out of order decay by 1 here; cb has zeros there, and cb_bar gets them at the end.
       log_SQ = jax.lax.broadcast_in_dim(sum_Q, SQ, [1]) - _rows(row("sum"), SQ[1])
       decay_SQ = jnp.exp2(jnp.minimum(log_SQ, 0.0))
@@ -196,16 +197,21 @@ def _seen(run_smem, half):
   source_SQ, target_SQ = (
     plgpu.broadcasted_iota(jnp.int32, SQ, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
   )
-  run_S, run_Q = plgpu.load(run_smem, (), layout=BY_ROW), run_smem.at[half]
-  run_Q = jax.lax.broadcast_in_dim(plgpu.load(run_Q, (), layout=BY_COLUMN), SQ, [1])
+  run_S = plgpu.layout_cast(run_smem[...], BY_ROW)
+  run_Q = jax.lax.broadcast_in_dim(plgpu.layout_cast(run_smem[half], BY_COLUMN), SQ, [1])
   # Behind a barrier, the answer is worked out twice instead of kept through the loop over heads.
   start = jax.lax.optimization_barrier(jnp.int32(half.start))
   return (source_SQ <= target_SQ + start) & (_rows(run_S, SQ[1]) == run_Q)
 
 
+def _row(rows_smem, name):
+  """Returns one of `ROWS`, along the rows of a matrix."""
+  return plgpu.layout_cast(rows_smem[ROWS.index(name)], BY_ROW)
+
+
 def _matrix(smem):
   """Returns a buffer's values in float32, laid out as wgmma has them."""
-  return plgpu.load(smem, (), layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+  return lowering.load(smem).astype(jnp.float32)
 
 
 def _scaled(smem, v_Q):
@@ -219,7 +225,8 @@ def _rows(v_Q, width):
 
 
 def transposed(smem):
-  return plgpu.transpose_ref(smem, (1, 0))
+  """Returns a buffer with rows and columns changed round."""
+  return smem.transpose((1, 0))
 
 
 def _zeros(shape):

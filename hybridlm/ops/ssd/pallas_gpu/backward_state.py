@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm.ops.ssd.pallas_gpu.backward_tiles import ROWS, Q, row_tiles, swizzle, tiles
+from hybridlm.ops.ssd.pallas_gpu import lowering
+from hybridlm.ops.ssd.pallas_gpu.backward_tiles import BY_ROW, ROWS, Q, row_tiles, swizzle, tiles
 
 # Columns of the state that one block of threads carries, and chunks it reads ahead.
 COLUMNS, AHEAD = 64, 4
@@ -34,7 +35,8 @@ def run(rows_BGHCRQ, c_BLGN, y_bar_BLGHP, state_bar_BGHPN):
     },
     grid=(N // K, G * H, B),
     grid_names=("columns", "head", "batch"),
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    kernel_name="ssd_backward_state",
+    compiler_params=lowering.LANE,
   )
   state_bar_CBGHPN, first_bar_BGHPN = kernel(
     rows_BGHCRQ.reshape(B, G * H, C, len(ROWS), Q), c_BLGN, y_bar_BLGHP.reshape(B, L, G * H, P),
@@ -58,10 +60,7 @@ def _kernel(
   plgpu.copy_gmem_to_smem(last_ref.at[batch, head, :, columns], carry_smem, loaded)
   plgpu.barrier_wait(loaded)
   carry = tuple(
-    plgpu.load(
-      carry_smem, (pl.ds(start, 64),), layout=plgpu.Layout.WGMMA, optimized=False
-    )
-    for start, _ in row_tiles(P)
+    lowering.load(carry_smem.at[pl.ds(start, 64)]) for start, _ in row_tiles(P)
   )
 
   def step(index, y_bar_smem, c_smem, rows_smem, carry):
@@ -70,8 +69,8 @@ def _kernel(
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
     for (start, _), state_bar_PN in zip(row_tiles(P), carry, strict=True):
       out[pl.ds(start, 64)] = state_bar_PN.astype(dtype)
-    first_Q = plgpu.load(rows_smem, (FIRST,), layout=plgpu.Layout.WGMMA.reduce(1))
-    y_bar_QP = plgpu.load(y_bar_smem, (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+    first_Q = plgpu.layout_cast(rows_smem[FIRST], BY_ROW)
+    y_bar_QP = lowering.load(y_bar_smem).astype(jnp.float32)
     first_QP = jax.lax.broadcast_in_dim(first_Q, y_bar_QP.shape, [0])
     scaled_smem[...] = (y_bar_QP * first_QP).astype(dtype)
     plgpu.commit_smem()
@@ -80,7 +79,7 @@ def _kernel(
 
     def add(accs):
       for (start, _), acc in zip(row_tiles(P), accs, strict=True):
-        scaled_PQ = plgpu.transpose_ref(scaled_smem.at[:, pl.ds(start, 64)], (1, 0))
+        scaled_PQ = scaled_smem.at[:, pl.ds(start, 64)].transpose((1, 0))
         plgpu.wgmma(acc, scaled_PQ, c_smem)
 
     return tuple(

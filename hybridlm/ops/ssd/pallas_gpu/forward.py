@@ -13,12 +13,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
 
-from hybridlm.ops.ssd.pallas_gpu import forward_body, table
+from hybridlm.ops.ssd.pallas_gpu import forward_body, lowering, table
 
 LOG2_E = 1.4426950408889634
-# A step's dt a from which on nothing of the state is left in float32: less would only drown the
-# small steps after it in the chunk's sums.
-LEAST = -104.0
 
 
 def forward(
@@ -106,9 +103,8 @@ def _call(arrays, firsts, sizes, tiles, keep):
     grid_names=("part", "group", "head"),
     num_threads=tiles.readers + 2,
     thread_name="role",
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-    ),
+    kernel_name="ssd_forward",
+    compiler_params=lowering.WARPGROUP,
   )
   return kernel(*arrays, firsts)
 
@@ -121,7 +117,7 @@ def lines(dt_BLGH, a_GH, fresh_BL, chunk):
   """
   B, L, G, H = dt_BLGH.shape
   dt_BGHCQ = jnp.moveaxis(dt_BLGH, 1, 3).reshape(B, G, H, L // chunk, chunk)
-  log_BGHCQ = jnp.maximum(dt_BGHCQ * a_GH[..., None, None], LEAST)
+  log_BGHCQ = jnp.maximum(dt_BGHCQ * a_GH[..., None, None], table.LEAST_LOG)
   sum_BGHCQ = jnp.cumsum(log_BGHCQ * LOG2_E, axis=-1)
   lines = [sum_BGHCQ, dt_BGHCQ]
   if fresh_BL is not None:

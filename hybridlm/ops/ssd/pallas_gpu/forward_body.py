@@ -7,7 +7,6 @@ from chunk to chunk in order. No Q x Q array leaves the registers.
 """
 
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from hybridlm.ops.ssd.pallas_gpu import table
+from hybridlm.ops.ssd.pallas_gpu import lowering, table
 
 # How a product's accumulator lies in a warpgroup's registers, and a vector along its axes.
 MATRIX = plgpu.Layout.WGMMA
@@ -199,7 +198,7 @@ def _carry(first_hbm, last_hbm, kept_hbm, shared, place, tiles):
     plgpu.barrier_arrive(shared.consumed.at[slot])
     return state_PN
 
-  state_PN = _load(first_hbm.at[place.segment, place.block])
+  state_PN = lowering.load(first_hbm.at[place.segment, place.block])
   state_PN = jax.lax.fori_loop(0, place.sizes.chunks, step, state_PN)
   last_hbm.at[place.segment, place.block][...] = state_PN
   if tiles.readers:
@@ -301,11 +300,3 @@ def _down(v_Q, shape):
 def _across(v_S, shape):
   """Returns a matrix whose rows all are `v_S`."""
   return jax.lax.broadcast_in_dim(v_S, shape, [1])
-
-
-def _load(ref):
-  """Returns a matrix of global memory in registers, as a product's accumulator lies there."""
-  # JAX 0.10 demands an index, 0.11 deprecates it.
-  index = inspect.signature(plgpu.load).parameters["idx"]
-  options = {"idx": ()} if index.default is inspect.Parameter.empty else {}
-  return plgpu.load(ref, layout=MATRIX, optimized=False, **options)

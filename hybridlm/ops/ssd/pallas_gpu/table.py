@@ -15,6 +15,9 @@ REGISTERS = 512
 FETCH_REGISTERS = 40
 MOST_COLUMNS = 256
 MULTIPROCESSORS = 132
+# A step's dt a from which on nothing of the state is left in float32: less would only drown the
+# small steps after it in the chunk's sums.
+LEAST_LOG = -104.0
 # Lines of float32 a chunk: sums, dt and runs.
 LINES = 3
 
