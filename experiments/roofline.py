@@ -43,8 +43,7 @@ PROBES = {
   "tpu": (8192, (1024, 256, 256, 128), 2**28),
 }
 
-# Reads and writes of all elements in one call; the copy before them is not counted.
-SWEEPS = 32
+SWEEPS = 8  # reads and writes of all elements in one call
 
 
 class Peaks(NamedTuple):
@@ -98,11 +97,17 @@ def probes(dtype: str) -> dict[str, tuple[Callable[[], object], float]]:
   wide = {"preferred_element_type": jnp.float32}
   dot = jax.jit(lambda a, b: jnp.matmul(a, b, **wide))
   # In place: a result of its own would measure how fast the system hands out pages.
-  sweep = jax.jit(lambda a: jax.lax.fori_loop(0, SWEEPS, lambda _, a: a * 0.5, a))
+  sweep = jax.jit(lambda a: jax.lax.fori_loop(0, SWEEPS, lambda _, a: -a, a), donate_argnums=0)
+  held = [flat]
+
+  def swept():
+    held.append(sweep(held.pop()))
+    return held[0]
+
   return {
     "matmul": (lambda: dot(*square), 2.0 * side**3),
     "batched": (lambda: dot(left, right), 2.0 * count * rows * inner * columns),
-    "memory": (lambda: sweep(flat), 2.0 * SWEEPS * flat.nbytes),
+    "memory": (swept, 2.0 * SWEEPS * held[0].nbytes),
   }
 
 
