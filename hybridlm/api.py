@@ -149,10 +149,10 @@ def forward(
   """
   config.check(cfg, params)
   _check_tokens(cfg, token_BL, "forward")
-  token_BL = jnp.asarray(token_BL)
   _check_kept(kept)
   check_segments(segment_BL, "forward")
-  return apply(cfg, params, token_BL, segment_BL, kept)[0]
+  segment_BL = None if segment_BL is None else jnp.asarray(segment_BL)
+  return apply(cfg, params, jnp.asarray(token_BL), segment_BL, kept)[0]
 
 
 fuse = jax.jit(serve.fuse, static_argnums=0)

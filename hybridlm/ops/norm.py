@@ -21,13 +21,14 @@ def rms_norm(
   """Returns gain x / sqrt(sum(x^2) / count + eps), float32 inside, in x's dtype.
 
   `count` is the number of entries the mean is over (D by default): with it, entries that are
-  zero on input because they are masked do not change the others.
+  zero on input because they are masked do not change the others. Reverse-mode differentiable
+  only, as all norms here.
   Source: RMSNorm (arXiv 1910.07467), equation 4.
   """
   wide_D = x_D.astype(jnp.promote_types(x_D.dtype, jnp.float32))
   count = x_D.shape[-1] if count is None else count
   power = jnp.sum(wide_D * wide_D, axis=-1, keepdims=True) / count
-  return _scaled(wide_D * jax.lax.rsqrt(power + eps), gain_D).astype(x_D.dtype)
+  return _scaled(wide_D * jax.lax.rsqrt(power + eps), gain_D.astype(wide_D.dtype)).astype(x_D.dtype)
 
 
 def layer_norm(
@@ -73,7 +74,7 @@ def gated_rms_norm(
   """Returns gain u / sqrt(sum(u^2) / count + eps) with u = y silu(z), in y's dtype.
 
   The mean is over H and P of each group, float32 inside. `count_G` is the number of surviving
-  entries of each group (H P by default); masked entries are zero in y.
+  entries of each group (H P by default), which gets no gradient; masked entries are zero in y.
   Source: Mamba-2 (arXiv 2405.21060), section 7, with the gate before the norm.
   """
   dtype = jnp.promote_types(y_BLGHP.dtype, jnp.float32)
@@ -146,7 +147,6 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 def _sum_rows(v, last):
   """Returns the sum over all but the `last` axes, as a product with ones."""
-  rows = v.reshape(-1, *v.shape[v.ndim - last :])
-  flat = rows.reshape(rows.shape[0], -1)
-  ones = jnp.ones(flat.shape[0], v.dtype)
-  return jnp.einsum("r,ri->i", ones, flat, precision="highest").reshape(rows.shape[1:])
+  rows = tuple(range(v.ndim - last))
+  ones = jnp.ones(v.shape[: len(rows)], v.dtype)
+  return jax.lax.dot_general(ones, v, ((rows, rows), ((), ())), precision="highest")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hybridlm.ops.project import project
 
@@ -64,3 +65,21 @@ def test_bfloat16_is_summed_in_float32_and_rounded_once():
 def test_axes_that_do_not_match_are_refused(shape, inputs, message):
   with pytest.raises(ValueError, match=message):
     project(jnp.ones((2, 16)), jnp.ones(shape), inputs=inputs)
+
+
+def test_positions_on_several_devices_stay_there():
+  grid = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+  x_BLD, w_DGH = draw((4, 24, 5), 0), draw((5, 2, 3), 1)
+
+  def loss(x_BLD, w_DGH):
+    return jnp.sum(project(x_BLD, w_DGH) ** 2)
+
+  gradient = jax.value_and_grad(loss, argnums=(0, 1))
+  want = gradient(x_BLD, w_DGH)
+  x_BLD = jax.device_put(x_BLD, NamedSharding(grid, PartitionSpec("data", "sequence")))
+  with jax.set_mesh(grid):
+    program = jax.jit(gradient).lower(x_BLD, w_DGH).compile()
+    got = program(x_BLD, w_DGH)
+  assert "all-gather" not in program.as_text()
+  for v, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(v, wanted, atol=2e-5 * np.abs(wanted).max())

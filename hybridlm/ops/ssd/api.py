@@ -5,13 +5,13 @@ import importlib
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hybridlm.ops.ssd import chunked, place, reference, sharded, vjp
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 CHUNKED = vjp.Passes(chunked.forward, chunked.backward, chunked.LEAST_CHUNKS)
 # On CPU as fast as 32 forward and faster backward, where 128 is slower forward (docs/kernels.md);
@@ -45,24 +45,25 @@ def ssd(
   never run on a device is not picked unasked. `chunk` is its length in tokens; None takes its
   default. Under a mesh (`jax.set_mesh`) with axes named in `mesh_axes` (letter -> axis) a kernel
   runs on each device's own rows (B) and groups (G), and with an axis for L every implementation
-  but the reference runs on its own positions, see `sharded`.
+  but the reference runs on its own positions, see `sharded`. Reverse-mode differentiable only, and
+  inside a `jax.shard_map` of the caller's with `check_vma=False` only, but for the reference.
   Raises ValueError for an unknown name, sizes that disagree, L = 0, a chunk below 1, dtypes that
-  are not floats or not of one kind, and for sizes or a platform that the named kernel cannot run.
+  are no floats of 16 bits or more or not of one kind, and what the named kernel cannot run.
   Source: Mamba-2 (arXiv 2405.21060), sections 5 and 6.
   """
   name = "chunked" if impl is None else impl
   if name not in IMPLEMENTATIONS:
     raise ValueError(f"ssd implementation {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-  _check_shapes(x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, skip_GH, segment_BL, state_BGHPN)
-  _check_dtypes(x_BLGHP, dt_BLGH, b_BLGN, c_BLGN, name)
-  check_segments(segment_BL, f"ssd {name!r}")
-  if chunk is not None and chunk < 1:
-    raise ValueError(f"chunk {chunk} is below 1 token in ssd")
-  if chunk is not None and name == "reference":
-    raise ValueError(f"chunk {chunk} has no meaning for the ssd implementation 'reference'")
   arrays = {"x_BLGHP": x_BLGHP, "dt_BLGH": dt_BLGH, "a_GH": a_GH, "b_BLGN": b_BLGN,
             "c_BLGN": c_BLGN, "skip_GH": skip_GH, "segment_BL": segment_BL,
             "state_BGHPN": state_BGHPN}
+  _check_shapes(arrays, f"ssd {name!r}")
+  _check_dtypes(arrays, f"ssd {name!r}")
+  check_segments(segment_BL, f"ssd {name!r}")
+  if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    raise ValueError(f"chunk {chunk!r} is not a whole number of 1 or more tokens in ssd {name!r}")
+  if chunk is not None and name == "reference":
+    raise ValueError(f"chunk {chunk} has no meaning for the ssd implementation 'reference'")
   if name == "reference":
     return reference.ssd(**arrays)
   if name == "chunked":
@@ -110,13 +111,16 @@ def _passes(name):
   return vjp.Passes(forward, module.backward, fixed=name == "pallas_gpu")
 
 
-def check_segments(segment_BL: Int[ArrayLike, "B L"] | None, place: str) -> None:
+def check_segments(segment_BL: Int[ArrayLike, "..."] | None, place: str) -> None:
   """Raises ValueError, naming `place`, for an id other than 0 that comes back after a gap.
 
-  Values that are not known yet, inside `jax.jit`, pass.
+  So it does for ids without the axes B and L. Values that are not known yet, inside `jax.jit`,
+  pass.
   """
   if segment_BL is None or isinstance(segment_BL, jax.core.Tracer):
     return
+  if np.ndim(segment_BL) != 2:
+    raise ValueError(f"segment_BL has shape {np.shape(segment_BL)}, without axes BL, in {place}")
   for row, segment_L in enumerate(np.asarray(segment_BL)):
     starts = np.flatnonzero(np.diff(segment_L, prepend=segment_L[:1] - 1))
     ids, counts = np.unique(segment_L[starts], return_counts=True)
@@ -125,41 +129,34 @@ def check_segments(segment_BL: Int[ArrayLike, "B L"] | None, place: str) -> None
       raise ValueError(f"segment {torn[0]} of row {row} comes back after a gap in {place}")
 
 
-def _check_dtypes(x_BLGHP, dt_BLGH, b_BLGN, c_BLGN, name):
+def _check_dtypes(arrays, place):
   """Raises ValueError naming the first array whose dtype the scan does not take."""
-  named = {"x_BLGHP": x_BLGHP, "dt_BLGH": dt_BLGH, "b_BLGN": b_BLGN, "c_BLGN": c_BLGN}
-  for label, array in named.items():
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise ValueError(f"{label} has dtype {array.dtype}, which is no float, in ssd {name!r}")
-  for label in ("b_BLGN", "c_BLGN"):
-    if named[label].dtype != x_BLGHP.dtype:
+  for label in ("x_BLGHP", "dt_BLGH", "b_BLGN", "c_BLGN"):
+    if arrays[label].dtype.name not in DTYPES:
       raise ValueError(
-        f"{label} has dtype {named[label].dtype}, but x_BLGHP {x_BLGHP.dtype}, in ssd {name!r}"
+        f"{label} has dtype {arrays[label].dtype}, which is not one of {', '.join(DTYPES)}, "
+        f"in {place}"
+      )
+  kind = arrays["x_BLGHP"].dtype
+  for label in ("b_BLGN", "c_BLGN"):
+    if arrays[label].dtype != kind:
+      raise ValueError(
+        f"{label} has dtype {arrays[label].dtype}, but x_BLGHP {kind}, in {place}"
       )
 
 
-def _check_shapes(
-  x_BLGHP, dt_BLGH, a_GH, b_BLGN, c_BLGN, skip_GH, segment_BL, state_BGHPN
-):
+def _check_shapes(arrays, place):
   """Raises ValueError naming the first array whose shape does not follow x's and B's sizes."""
-  if x_BLGHP.ndim != 5 or b_BLGN.ndim != 4:
-    raise ValueError(f"x {x_BLGHP.shape} must have axes BLGHP and b {b_BLGN.shape} BLGN in ssd")
-  B, L, G, H, P = x_BLGHP.shape
-  N = b_BLGN.shape[3]
-  if L == 0:
-    raise ValueError(f"sequence of 0 tokens in ssd: x has shape {x_BLGHP.shape}")
-  expected = {
-    "dt_BLGH": (dt_BLGH, (B, L, G, H)),
-    "a_GH": (a_GH, (G, H)),
-    "b_BLGN": (b_BLGN, (B, L, G, N)),
-    "c_BLGN": (c_BLGN, (B, L, G, N)),
-    "skip_GH": (skip_GH, (G, H)),
-    "segment_BL": (segment_BL, (B, L)),
-    "state_BGHPN": (state_BGHPN, (B, G, H, P, N)),
-  }
-  for name, (array, shape) in expected.items():
+  x_shape, b_shape = arrays["x_BLGHP"].shape, arrays["b_BLGN"].shape
+  if len(x_shape) != 5 or len(b_shape) != 4:
+    raise ValueError(f"x {x_shape} must have axes BLGHP and b {b_shape} BLGN in {place}")
+  sizes = dict(zip("BLGHP", x_shape, strict=True)) | {"N": b_shape[3]}
+  if sizes["L"] == 0:
+    raise ValueError(f"sequence of 0 tokens in {place}: x has shape {x_shape}")
+  for name, array in arrays.items():
+    shape = tuple(sizes[letter] for letter in name.rpartition("_")[2])
     if array is not None and array.shape != shape:
       raise ValueError(
-        f"{name} has shape {array.shape}, but x_BLGHP {x_BLGHP.shape} and N = {N} "
-        f"ask for {shape} in ssd"
+        f"{name} has shape {array.shape}, but x_BLGHP {x_shape} and N = {sizes['N']} "
+        f"ask for {shape} in {place}"
       )

@@ -37,14 +37,8 @@ def only_on(x: jax.Array, *, platform: str, name: str) -> jax.Array:
 
 def free_axes(mesh_axes: Mapping[str, str]) -> dict[str, str]:
   """Returns letter -> axis of the mesh in force that XLA, and not the caller, divides work over."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return {}
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  return {
-    letter: name for letter, name in mesh_axes.items()
-    if kinds.get(name, AxisType.Manual) != AxisType.Manual
-  }
+  free = _free()
+  return {letter: name for letter, name in mesh_axes.items() if name in free}
 
 
 def over_mesh(
@@ -53,13 +47,14 @@ def over_mesh(
 ) -> tuple[jax.Array, ...]:
   """Returns `scan(**arrays)` with every device of the mesh in force on its own part.
 
-  The names of `arrays` and `outputs` end in axis letters. Without a mesh, or inside `shard_map`,
-  where the arrays are a device's own already, it is a plain call.
+  The names of `arrays` and `outputs` end in axis letters. Devices along mesh axes that no letter
+  has do the same work. Without a mesh, or inside `jax.shard_map` over all of its axes, where the
+  arrays are a device's own already, it is a plain call.
   Raises ValueError for a size that its mesh axis does not divide.
   """
   given = {name: v for name, v in arrays.items() if v is not None}
-  where = free_axes(mesh_axes)
-  if not where:
+  free, where = _free(), free_axes(mesh_axes)
+  if not free:
     return scan(**given)
   mesh = jax.sharding.get_abstract_mesh()
 
@@ -77,7 +72,16 @@ def over_mesh(
     lambda given: scan(**given),
     in_specs=({name: spec(name) for name in given},),
     out_specs=tuple(spec(name) for name in outputs),
-    axis_names=set(where.values()),
+    axis_names=free,
     check_vma=False,
   )
   return mapped(given)
+
+
+def _free() -> set[str]:
+  """Returns the axes of the mesh in force that are not the caller's own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return set()
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return {name for name, kind in kinds if kind != AxisType.Manual}

@@ -258,7 +258,7 @@ def test_the_chunked_scan_never_expands_groups_to_heads_or_chunks_to_the_sequenc
 
 BAD = {
   "name": ({"impl": "fast"}, "ssd implementation 'fast' is not one of reference, chunked, pallas"),
-  "chunk": ({"chunk": 0}, "chunk 0 is below 1 token"),
+  "chunk": ({"chunk": 0}, "chunk 0 is not a whole number of 1 or more tokens"),
   "reference chunk": ({"impl": "reference", "chunk": 4}, "chunk 4 has no meaning"),
   "heads": ({"dt_BLGH": np.ones((3, 37, 2, 5))}, r"dt_BLGH has shape \(3, 37, 2, 5\)"),
   "groups": ({"b_BLGN": np.ones((3, 37, 3, 5))}, r"b_BLGN has shape \(3, 37, 3, 5\)"),
@@ -271,12 +271,18 @@ BAD = {
     "segment 7 of row 0 comes back after a gap in ssd 'chunked'",
   ),
   "kind": ({"x_BLGHP": np.ones((3, 37, 2, 4, 6), np.int32)}, "x_BLGHP has dtype int32"),
+  "narrow": (
+    {"x_BLGHP": np.ones((3, 37, 2, 4, 6), jnp.float8_e4m3fn)},
+    "x_BLGHP has dtype float8_e4m3fn, which is not one of bfloat16, float16, .* in ssd",
+  ),
+  "part of a token": ({"chunk": 8.0}, "chunk 8.0 is not a whole number"),
+  "flat segments": ({"segment_BL": np.ones(37, np.int32)}, r"segment_BL has shape \(37,\)"),
   "kinds": (
     {"c_BLGN": np.ones((3, 37, 2, 5), np.float16)},
     "c_BLGN has dtype float16, but x_BLGHP float32, in ssd 'chunked'",
   ),
   "axes": ({"x_BLGHP": np.ones((3, 37, 8, 6))}, "must have axes BLGHP"),
-  "nothing": ({"x_BLGHP": np.ones((3, 0, 2, 4, 6))}, "sequence of 0 tokens in ssd"),
+  "nothing": ({"x_BLGHP": np.ones((3, 0, 2, 4, 6))}, "sequence of 0 tokens in ssd 'chunked'"),
 }
 
 

@@ -211,5 +211,7 @@ def _tile(m, k, x, dt, b, c, a, skip, y_bar, x_bar, dt_bar, own, cut):
     jnp.concatenate(later) - own.earlier_SH[...].T, tile.triangle(TILE, 0), (1, 1), jnp.float32)
   step_bar_HQ += tile.dot(jnp.concatenate(through), tile.triangle(TILE, 1), (1, 0), jnp.float32)
   step_bar_HQ += jnp.concatenate(whole).sum(1, keepdims=True)
+  # A step that forgets all passes on nothing: what is there is rounding, and dt may be huge.
+  step_bar_HQ = jnp.where(dt[:, at] * (a[...] * tile.LOG2E) < tile.LOWEST, 0, step_bar_HQ)
   own.a_bar[k] += step_bar_HQ * dt[:, at]
   dt_bar[:, at] = step_bar_HQ * a[...] + jnp.concatenate(share)
