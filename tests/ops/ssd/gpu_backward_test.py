@@ -13,7 +13,7 @@ from cases import gpu_backward_twin as twin
 from cases import gpu_emulator, gpu_forward_twin
 from cases import ssd as cases
 from hybridlm.ops.ssd import chunked, pallas_gpu, reference, vjp
-from hybridlm.ops.ssd.pallas_gpu import backward, backward_tiles
+from hybridlm.ops.ssd.pallas_gpu import backward, backward_tiles, table
 
 FLOAT32 = [name for name, case in cases.CASES.items() if case.dtype == "float32"]
 GRADIENTS = cases.rounding(cases.L, cases.N, cases.H, cases.P)
@@ -177,7 +177,7 @@ def test_the_bodies_of_the_kernels_do_that_arithmetic_however_late_copies_are(
 def test_every_published_shape_fits_with_a_head_loaded_ahead(name):
   _, H, P, N = MODELS[name]
   plan = backward_tiles.make_plan(H, P, N)
-  assert backward_tiles.shared_bytes(plan) <= backward_tiles.SHARED_BYTES
+  assert backward_tiles.shared_bytes(plan) <= table.SHARED_BYTES
   assert plan.x_depth >= plan.state_depth >= 2
   # Three warpgroups begin with 168 registers a thread, which they only pass to each other.
   assert sum(backward_tiles.REGISTERS[plan.wide]) <= 3 * 168

@@ -149,7 +149,9 @@ def test_every_published_shape_has_a_row_that_fits(name):
   assert table.shared_bytes(row, P, N) <= table.SHARED_BYTES
   assert row.stages % row.readers == row.copies % row.readers == 0
   spent = row.readers * row.reader_registers + row.state_registers + table.FETCH_REGISTERS
-  assert spent <= table.REGISTERS
+  # Warpgroups begin with equal shares, in eights, and pass on what is theirs.
+  share = table.REGISTERS // (row.readers + 2) // 8 * 8
+  assert spent <= share * (row.readers + 2)
 
 
 BAD = {

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hybridlm.ops.ssd.pallas_gpu import backward_chunk, backward_state, table
-from hybridlm.ops.ssd.pallas_gpu.backward_tiles import ROWS, SHARED_BYTES, SUMS, Q, make_plan
+from hybridlm.ops.ssd.pallas_gpu.backward_tiles import ROWS, SUMS, Q, make_plan
 
 
 def backward(
@@ -71,7 +71,7 @@ def refusal(
   if N % 16 or N > 256 or (N > 64 and N % 64):
     return f"N = {N} is not a multiple of 16 up to 64 or of 64 up to 256 in pallas_gpu's way back"
   if make_plan(x_BLGHP.shape[3], P, N) is None:
-    need = f"P = {P} and N = {N} need more than the {SHARED_BYTES} bytes of shared memory"
+    need = f"P = {P} and N = {N} need more than the {table.SHARED_BYTES} bytes of shared memory"
     return f"{need} that pallas_gpu's way back has"
   return None
 

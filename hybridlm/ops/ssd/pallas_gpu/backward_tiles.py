@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hybridlm.ops.ssd.pallas_gpu.table import SHARED_BYTES
+
 # Tokens of a chunk: the rows of one wgmma.
 Q = 64
 # What a head has per position: the sum of dt a from the chunk's start to it, in powers of two; dt;
@@ -18,7 +20,6 @@ SUMS = ("from", "into", "share", "skip", "last", "first", "whole")
 SQ = Q, Q // 2
 HALVES = pl.ds(0, Q // 2), pl.ds(Q // 2, Q // 2)
 QUERY, SOURCE, PAIR = range(3)
-SHARED_BYTES = 227 * 1024
 # Registers of a thread by side, for a `Plan` that is not and that is wide.
 REGISTERS = {False: (152, 168, 184), True: (168, 168, 168)}
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
