@@ -40,7 +40,7 @@ class Ref:
   @property
   def at(self):
     """Returns what makes a smaller reference by indexing."""
-    return _At(lambda index: self._view(lambda v: v[(*_plain(index), ...)]))
+    return _At(lambda index: self._view(lambda v: _cut(v, _plain(index))))
 
   def transpose(self, order):
     """Returns the reference with its axes in another order."""
@@ -202,7 +202,8 @@ def kernel(
         assert not HERE.copies, "the block ended with copies under way"
 
       with futures.ThreadPoolExecutor(num_threads) as pool:
-        for result in [pool.submit(thread, i) for i in range(num_threads)]:
+        # As they end: who waits in vain for a warpgroup that raised is not to blame.
+        for result in futures.as_completed([pool.submit(thread, i) for i in range(num_threads)]):
           result.result()
     return [jnp.asarray(ref.array) for ref in outputs]
 
@@ -228,6 +229,12 @@ def _plain(index):
     else i if isinstance(i, slice) else int(i)
     for i in index if i is not Ellipsis
   )
+
+
+def _cut(array, index):
+  for i, size in zip(index, array.shape, strict=False):
+    assert not isinstance(i, slice) or i.stop is None or i.stop <= size, "out of bounds"
+  return array[(*index, ...)]
 
 
 def _copy_in(source, target, barrier):

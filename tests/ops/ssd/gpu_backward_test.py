@@ -129,11 +129,13 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(P, N, fresh, kept):
 BODIES = {
   "turns of every ring": (1, 128, 2, 5, 64, 128), "overlapping tiles": (2, 64, 1, 3, 80, 128),
   "fewer heads than a ring": (1, 320, 1, 1, 64, 16), "wide": (1, 64, 1, 5, 64, 256),
-  "wide, one head": (1, 128, 1, 1, 80, 192),
+  "wide, one head": (1, 128, 1, 1, 80, 192), "an odd number of tiles": (1, 64, 1, 1, 64, 48),
 }
-# Steps and rates, log-uniform: huge steps, steep rates, all sizes.
-EXTREMES = {"steps": ((1e3, 1e8), (0.5, 2)), "rates": ((0.01, 1), (1e6, 1e12)),
-            "all sizes": ((1e-12, 1e6), (1e-6, 1e6))}
+# Steps and rates, log-uniform: huge steps alone and among small ones, steep rates, all sizes.
+EXTREMES = {
+  "steps": ((1e3, 1e8), (0.5, 2)), "some steps": ((1e-3, 1e8), (0.5, 2)),
+  "rates": ((0.01, 1), (1e6, 1e12)), "all sizes": ((1e-12, 1e6), (1e-6, 1e6)),
+}
 
 
 @pytest.mark.parametrize("name", EXTREMES)

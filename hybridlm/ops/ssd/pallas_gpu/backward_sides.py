@@ -17,7 +17,6 @@ from hybridlm.ops.ssd.pallas_gpu.backward_tiles import (
   SUMS,
   Q,
   row_tiles,
-  state_swizzle,
 )
 
 
@@ -112,7 +111,7 @@ def _outer(c_smem, state_smem, y_bar_smem, first_Q):
 def _inner(state_smem, bar_smem, plan):
   """Returns 64 numbers whose sum is that of state times state_bar."""
   whole_P = jnp.zeros((64,), jnp.float32)
-  width = min(plan.N, max(32, state_swizzle(plan.P, plan.N, state_smem.dtype) // 2))
+  width = plan.N if plan.N % 32 else 32
   for column in range(0, plan.N, width):
     if plan.wide and column % 32 == 0:
       # All blocks of columns at once would take more registers than there are.
@@ -246,7 +245,7 @@ def _product(shape, left, right):
 def _over_states(left, right):
   """Returns left @ right^T, summed over the N columns of both, at most 128 at a time."""
   (rows, N), sums = left.shape, None
-  step = min(N, 128)
+  step = min(N, 64) if N % 128 else 128
   for i in range(0, N, step):
     # Behind a barrier, so that one step's addresses are made when the one before is done.
     at = slice(None), pl.ds(jax.lax.optimization_barrier(jnp.int32(i)) if N > step else i, step)
