@@ -13,7 +13,10 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 # Inherited by the processes that tests start; a caller's own values win.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / f"jax_{WORKER}"))
+# The process that starts the workers has set its own folder, and they inherit it.
+OURS = str(ROOT / ".pytest_cache" / "jax_")
+if os.environ.get("JAX_COMPILATION_CACHE_DIR", OURS).startswith(OURS):
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = OURS + WORKER
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("MPLBACKEND", "agg")
