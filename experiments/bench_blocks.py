@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 import hybridlm
-from experiments import artefacts, bench_decode, console, evaluation
+from experiments import artefacts, bench_decode, console, evaluation, memory
 from hybridlm import api
 from hybridlm.distill import loss
 from hybridlm.nn import mamba
@@ -168,7 +168,11 @@ def apart(part: str) -> Iterator[Pair]:
 
 
 def serve(part: str, line: Connection) -> None:
-  """Names each pair of a part in turn, and runs its sides until it is told to go on."""
+  """Names each pair of a part in turn, and runs its sides until it is told to go on.
+
+  Freed memory is kept, as commands that train keep it, whichever side this is.
+  """
+  memory.keep_freed()
   with contextlib.suppress(EOFError, BrokenPipeError):  # the other end went away
     for pair in MAKERS[part]():
       line.send(pair.name)

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from experiments import console, stages
+from experiments import console, memory, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -36,6 +36,7 @@ class Job(NamedTuple):
 
 def start(main: Callable[[Job], None]) -> None:
   """Runs a command with this process's arguments and ends the process with its exit code."""
+  memory.keep_freed()
   sys.exit(call(main, sys.argv))
 
 
