@@ -60,7 +60,7 @@ def layer_norm(
     share = (zeros - (size - count)) / jnp.maximum(zeros, 1)
     variance = jnp.sum(jnp.where(zero_D, share, 1.0) * square_D, axis=-1, keepdims=True) / count
   normal_D = (wide_D - mean) * jax.lax.rsqrt(variance + eps)
-  return (_scaled(normal_D, gain_D) + bias_D).astype(x_D.dtype)
+  return (_scaled(normal_D, gain_D.astype(normal_D.dtype)) + bias_D).astype(x_D.dtype)
 
 
 def gated_rms_norm(
