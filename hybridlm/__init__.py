@@ -6,15 +6,14 @@ Score, plan, cut, distil: `calibrate`, `plan`, `cut` (or `mask`), `distillation_
 from hybridlm.api import (
   calibrate,
   cut,
-  distillation_loss,
   forward,
   generate,
   init,
-  language_loss,
   load,
   mask,
   save,
 )
+from hybridlm.bind import distillation_loss, language_loss
 from hybridlm.config import ModelConfig
 from hybridlm.prune.cost import cost
 from hybridlm.prune.plan import Plan
