@@ -16,6 +16,7 @@ CORE = (
   "numpy>=2.4",
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12.8",
+  "scipy>=1.17",
   "tensorboardX>=2.6.5",
   "tokenizers>=0.23",
   "tqdm>=4.70",

@@ -7,6 +7,9 @@ A misspelt override (`--config.distil.stesp=3`) is an error that names the neare
 import ml_collections
 from ml_collections import config_dict
 
+# Targets that a search can choose. H is heads a group, `heads` heads a block.
+SEARCHED = ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "layers", "noop")
+
 
 def source(kind: str, path: str = "") -> ml_collections.ConfigDict:
   """A source of text; fields as in `hybridlm.data.sources.Source`."""
@@ -119,6 +122,28 @@ def get_config() -> ml_collections.ConfigDict:
   c.findings.calibration = 4  # batches a sample
   c.findings.batch = 8
   c.findings.batches = 8  # of the validation split, where losses are measured
+
+  # What `experiments.search` chooses from, and how; limits are in `budget` and `rules`.
+  c.search = ml_collections.ConfigDict()
+  c.search.method = "grid"  # every candidate; "random" ones; "milp": options block by block
+  # Target -> its choices, e.g. D=(160, 192); () keeps the parent's size. Under "milp", `blocks` and
+  # `noop` bound how many blocks stay and how many go without SSM.
+  c.search.space = ml_collections.ConfigDict({name: () for name in SEARCHED})
+  c.search.candidates = 300  # "random": how many are scored; "grid": the most there may be
+  c.search.score = "kl"  # to the teacher, or "ce": what candidates are ranked by
+  c.search.split = "valid"
+  c.search.batch = 8
+  c.search.batches = 2
+  c.search.solutions = 4  # "milp": solutions for each D ..
+  c.search.diversity = 1  # .. and blocks in which any two of them differ at least
+  c.search.evolve = 0  # rounds of evolution after that ..
+  c.search.population = 8  # .. parents and children of each
+  c.search.finalists = 4  # the best, which are distilled briefly, as `distil` says but for steps ..
+  c.search.rungs = ()  # .. in all at each rung, e.g. (20, 60); the better half goes on; () none are
+  c.search.rivals = ()  # distilled as long beside the winner: "largest" that fits, "targets"
+  # One candidate that a dry run looks up in the space.
+  c.search.winner = ml_collections.ConfigDict(
+    {name: config_dict.placeholder(int) for name in SEARCHED})
 
   c.tokenizer = ml_collections.ConfigDict()  # what `experiments.tokenizer` trains
   c.tokenizer.V = 4096
