@@ -114,7 +114,8 @@ def forward(
     params: its canonical tree.
     token_BL: token ids below V.
     segment_BL: documents of a packed row, each in one piece; positions of others are never seen.
-    kept: surviving entries of a masked model, the second result of `mask`.
+    kept: surviving entries of a masked model, the second result of `mask`; logits of tokens that
+      do not stay are minus infinity.
 
   Raises:
     ValueError: ids outside the vocabulary, a document in pieces (under `jax.jit` neither is seen),
@@ -178,7 +179,7 @@ def _check_tokens(cfg: ModelConfig, token_BL: Any, place: str) -> None:
 
 
 def _check_kept(kept: Mapping[str, Any] | None) -> None:
-  if kept is not None and set(kept) != {"count", "blocks"}:
+  if kept is not None and set(kept) != {"count", "stay_V", "blocks"}:
     raise ValueError(f"kept has the keys {sorted(kept)}, not those that `mask` returns")
 
 
@@ -286,13 +287,15 @@ def verify(
   shared = shared_buffers(small, params)
   if shared:
     raise RuntimeError(f"cut: leaf {shared[0]!r} shares its buffer with the parent")
-  rng = np.random.default_rng(0)
-  token_BL = jnp.asarray(rng.integers(0, cfg.real_vocabulary, PROBE), jnp.int32)
+  # The cut model's ids of tokens, and the parent's: row i of its embedding was row token_V[i].
+  token_V = plan.array("keep_V") if "keep_V" in plan.keep else np.arange(cfg.V)
+  token_V = token_V[: small_cfg.real_vocabulary]
+  probe_BL = np.random.default_rng(0).integers(0, len(token_V), PROBE).astype(np.int32)
   masked, kept = cutting.mask(cfg, params, plan)
   exact = {"dtype": "float32"}
-  real = slice(None, cfg.real_vocabulary)
-  want = apply(cfg.replace(**exact), masked, token_BL, kept=kept)[0][..., real]
-  got = apply(small_cfg.replace(**exact), small, token_BL)[0][..., real]
+  want = apply(cfg.replace(**exact), masked, jnp.asarray(token_V[probe_BL]), kept=kept)[0]
+  got = apply(small_cfg.replace(**exact), small, jnp.asarray(probe_BL))[0][..., : len(token_V)]
+  want = want[..., token_V]
   if not bool(jnp.isfinite(got).all()):
     raise RuntimeError("cut: the cut model's logits are not finite")
   error = float(jnp.abs(want - got).max() / jnp.abs(want).max())

@@ -32,9 +32,12 @@ def apply_taps(cfg: ModelConfig, params, batch, taps):
   return apply(cfg, params, batch["token_BL"], batch.get("segment_BL"), taps=taps)[1]
 
 
-def apply_hidden(cfg: ModelConfig, params, batch):
-  """Returns `(hidden_BLD, head_DV)` of one batch: the form losses take."""
-  return apply(cfg, params, batch["token_BL"], batch.get("segment_BL"), output="hidden")[0]
+def apply_hidden(cfg: ModelConfig, params, batch, kept=None):
+  """Returns `(hidden_BLD, head_DV)` of one batch: the form losses take.
+
+  `kept` is what `prune.cut.mask` returns beside masked parameters; its `stay_V` is for the loss.
+  """
+  return apply(cfg, params, batch["token_BL"], batch.get("segment_BL"), kept, output="hidden")[0]
 
 
 def language_loss(cfg: ModelConfig) -> Callable[..., dict[str, jax.Array]]:

@@ -42,20 +42,41 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary positions over the first `rotary` channels of a head (None: all of them)."""
+  """Rotary positions over the first `rotary` channels of a head (None: all of them).
+
+  `frequency` is the angle a position adds to each pair, where pairs of another model were kept:
+  `base` and `scaling` have no say then.
+  """
 
   base: float = 10000.0
   rotary: int | None = None
   scaling: Llama3Scaling | None = None
+  frequency: tuple[float, ...] | None = None
 
   def __post_init__(self):
     if not self.base > 0:
       raise ValueError(f"Rope: base={self.base!r} must be positive")
     if self.rotary is not None and (self.rotary < 2 or self.rotary % 2):
       raise ValueError(f"Rope: rotary={self.rotary!r} must be an even number of at least 2")
+    if self.frequency is not None:
+      self._check_frequency()
+
+  def _check_frequency(self) -> None:
+    given = self.frequency
+    numbers = isinstance(given, tuple) and all(type(x) is float and x > 0 for x in given)
+    if not numbers or not all(math.isfinite(x) for x in given):
+      raise ValueError(f"Rope: frequency={given!r} must be a tuple of positive numbers")
+    if self.rotary != 2 * len(given):
+      raise ValueError(
+        f"Rope: frequency has {len(given)} pairs, rotary={self.rotary!r} is not twice as many"
+      )
+    if self.scaling is not None:
+      raise ValueError("Rope: frequency and scaling both given; frequencies are final angles")
 
   def frequencies(self, width: int) -> tuple[float, ...]:
     """Returns the angle a position adds to each pair of a head of this width, in radians."""
+    if self.frequency is not None:
+      return self.frequency
     rotary = self.rotary or width
     plain = [self.base ** (-2 * i / rotary) for i in range(rotary // 2)]
     return tuple(plain) if self.scaling is None else tuple(_stretched(self.scaling, plain))
@@ -102,6 +123,32 @@ class Mamba:
     ).split()
     bias = ["conv_bias_x_GHP", "conv_bias_b_GN", "conv_bias_c_GN"] if self.conv_bias else []
     return (*names, *bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedConv:
+  """A Mamba-2 mixer without its state: skip times the convolved input, gated, normed, projected.
+
+  What is left of a Mamba block whose B, C and dt are taken away: G groups of H heads of P
+  channels, a convolution of W taps.
+  """
+
+  G: int
+  H: int
+  P: int
+  W: int = 4
+  conv_bias: bool = True
+  symbol: ClassVar[str] = "C"
+  axes: ClassVar[str] = "GHPW"
+
+  def __post_init__(self):
+    positive("GatedConv", G=self.G, H=self.H, P=self.P, W=self.W)
+
+  @property
+  def leaves(self) -> tuple[str, ...]:
+    """Names of the leaves of this mixer, axes included."""
+    bias = ("conv_bias_x_GHP",) if self.conv_bias else ()
+    return ("w_z_DGHP", "w_x_DGHP", "conv_x_WGHP", "skip_GH", "gate_gain_GHP", "w_out_GHPD", *bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,5 +202,5 @@ class Mlp:
     return ("w_up_DF", "w_down_FD", *gate, *bias)
 
 
-Block = Mamba | Attention | Mlp
-KINDS: Mapping[str, type] = {kind.symbol: kind for kind in (Mamba, Attention, Mlp)}
+Block = Mamba | GatedConv | Attention | Mlp
+KINDS: Mapping[str, type] = {kind.symbol: kind for kind in (Mamba, GatedConv, Attention, Mlp)}

@@ -10,6 +10,7 @@ from hybridlm.blocks import (
   KINDS,
   Attention,
   Block,
+  GatedConv,
   Llama3Scaling,
   Mamba,
   Mlp,
@@ -19,8 +20,8 @@ from hybridlm.blocks import (
 )
 
 __all__ = [
-  "KINDS", "PRESETS", "Attention", "Block", "Llama3Scaling", "Mamba", "Mlp", "ModelConfig", "Rope",
-  "block_name", "check", "leaf_names", "parameters", "shapes",
+  "KINDS", "PRESETS", "Attention", "Block", "GatedConv", "Llama3Scaling", "Mamba", "Mlp",
+  "ModelConfig", "Rope", "block_name", "check", "leaf_names", "parameters", "shapes",
 ]  # the block kinds are part of the config: import them from here
 
 NORMS = ("rmsnorm", "layernorm1p")
@@ -91,7 +92,8 @@ class ModelConfig:
     """Returns the config a pattern string and one size a letter describe.
 
     Args:
-      pattern: one character a block: `M` Mamba-2, `*` attention, `-` MLP.
+      pattern: one character a block: `M` Mamba-2, `*` attention, `-` MLP, `C` Mamba-2 without its
+        state.
       V: vocabulary rows.
       D: residual width.
       **sizes: any field of the block kinds in the pattern or of `ModelConfig`, by name. `bias`
@@ -121,7 +123,7 @@ class ModelConfig:
 
   @property
   def pattern(self) -> str:
-    """One character a block: `M` Mamba-2, `*` attention, `-` MLP."""
+    """One character a block: `M` Mamba-2, `*` attention, `-` MLP, `C` Mamba-2 without a state."""
     return "".join(block.symbol for block in self.blocks)
 
   @property
@@ -195,6 +197,8 @@ def _block_from_dict(index: int, plain: Mapping[str, Any]) -> Block:
     rope = dict(fields["rope"])
     if rope.get("scaling") is not None:
       rope["scaling"] = Llama3Scaling(**rope["scaling"])
+    if rope.get("frequency") is not None:
+      rope["frequency"] = tuple(rope["frequency"])
     fields["rope"] = Rope(**rope)
   return KINDS[symbol](**fields)
 

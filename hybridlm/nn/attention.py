@@ -46,8 +46,8 @@ def mix(
 ) -> tuple[Float[Array, "B L D"], dict[str, jax.Array]]:
   """Returns the mixer's output for a normed input, and what can be tapped on the way.
 
-  Taps: `head_BLKJE`, the heads' outputs before the output projection. `count` is not used: there
-  is no norm inside.
+  Taps: `q_BLKJE` and `k_BLKE` (turned), `v_BLKE`, and `head_BLKJE`, the heads' outputs before the
+  output projection. `count` is not used: there is no norm inside.
   """
   cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
   q_BLKJE = project(x_BLD, cast["w_q_DKJE"])
@@ -57,16 +57,18 @@ def mix(
     q_BLKJE = q_BLKJE + cast["b_q_KJE"]
     k_BLKE, v_BLKE = k_BLKE + cast["b_k_KE"], v_BLKE + cast["b_v_KE"]
   position_L = jnp.arange(x_BLD.shape[1])
+  q_BLKJE, k_BLKE = (_turn(block, heads, position_L) for heads in (q_BLKJE, k_BLKE))
   head_BLKJE = attend(
-    _turn(block, q_BLKJE, position_L),
-    _turn(block, k_BLKE, position_L),
+    q_BLKJE,
+    k_BLKE,
     v_BLKE,
     segment_BL=segment_BL,
     segment_BS=segment_BL,
     window=block.window,
     impl=cfg.attention,
   )
-  return _output(block, leaves, head_BLKJE), {"head_BLKJE": head_BLKJE}
+  seen = {"q_BLKJE": q_BLKJE, "k_BLKE": k_BLKE, "v_BLKE": v_BLKE, "head_BLKJE": head_BLKJE}
+  return _output(block, leaves, head_BLKJE), seen
 
 
 def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:

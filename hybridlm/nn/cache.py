@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridlm.config import Attention, Block, Mamba, ModelConfig
+from hybridlm.config import Attention, Block, GatedConv, Mamba, ModelConfig
 
 
 class MambaState(NamedTuple):
@@ -23,6 +23,12 @@ class MambaState(NamedTuple):
   ssm_BGHPN: Float[Array, "B G H P N"]
 
 
+class ConvState(NamedTuple):
+  """The last W - 1 inputs of the convolution of a block without a state, in the compute dtype."""
+
+  conv_BW: Float[Array, "B _ channels"]
+
+
 class AttentionState(NamedTuple):
   """Keys, after their rotation, and values of the last S positions, in the compute dtype."""
 
@@ -30,7 +36,7 @@ class AttentionState(NamedTuple):
   v_BKSE: Float[Array, "B K S E"]
 
 
-State = MambaState | AttentionState | None
+State = MambaState | ConvState | AttentionState | None
 
 
 class Cache(NamedTuple):
@@ -64,6 +70,9 @@ def _state(cfg: ModelConfig, block: Block, batch: int, size: int) -> State:
       jnp.zeros((batch, block.W - 1, channels), cfg.dtype),
       jnp.zeros((batch, block.G, block.H, block.P, block.N), jnp.float32),
     )
+  if isinstance(block, GatedConv):
+    channels = block.G * block.H * block.P
+    return ConvState(jnp.zeros((batch, block.W - 1, channels), cfg.dtype))
   if isinstance(block, Attention):
     shape = (batch, block.K, slots(block, size), block.E)
     return AttentionState(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))

@@ -6,18 +6,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hybridlm import config
-from hybridlm.config import Attention, Block, Mamba, Mlp, ModelConfig
-from hybridlm.nn import attention, mamba, mlp, norm
+from hybridlm.config import Attention, Block, GatedConv, Mamba, Mlp, ModelConfig
+from hybridlm.nn import attention, gated_conv, mamba, mlp, norm
 from hybridlm.nn.leaves import Folder, Leaves
 
-MIX = {Mamba: mamba.mix, Attention: attention.mix, Mlp: mlp.mix}
-COMMON_TAPS = ("norm_BLD", "in_BLD", "out_BLD")
+MIX = {Mamba: mamba.mix, GatedConv: gated_conv.mix, Attention: attention.mix, Mlp: mlp.mix}
+COMMON_TAPS = ("norm_BLD", "in_BLD", "mix_BLD", "out_BLD")
 TAPS: Mapping[type, tuple[str, ...]] = {
-  Mamba: ("x_BLGHP", "z_BLGHP", "y_BLGHP", *COMMON_TAPS),
-  Attention: ("head_BLKJE", *COMMON_TAPS),
+  Mamba: (
+    "x_BLGHP", "z_BLGHP", "u_BLGHP", "b_BLGN", "c_BLGN", "dt_BLGH", "y_BLGHP", *COMMON_TAPS,
+  ),
+  GatedConv: ("x_BLGHP", "z_BLGHP", "u_BLGHP", "y_BLGHP", *COMMON_TAPS),
+  Attention: ("q_BLKJE", "k_BLKE", "v_BLKE", "head_BLKJE", *COMMON_TAPS),
   Mlp: ("up_BLF", "act_BLF", *COMMON_TAPS),
 }
 Kept = Mapping[str, Any]
@@ -42,7 +45,7 @@ def apply_block(
   norm_BLD = norm.residual(cfg, leaves, x_BLD, count)
   y_BLD, seen = MIX[type(block)](cfg, block, leaves, norm_BLD, segment_BL=segment_BL, count=inner)
   out_BLD = x_BLD + y_BLD
-  seen = seen | {"norm_BLD": norm_BLD, "in_BLD": x_BLD, "out_BLD": out_BLD}
+  seen = seen | {"norm_BLD": norm_BLD, "in_BLD": x_BLD, "mix_BLD": y_BLD, "out_BLD": out_BLD}
   return out_BLD, {name: seen[name] for name in taps if name in seen}
 
 
@@ -74,7 +77,8 @@ class HybridLM(nn.Module):
     Args:
       token_BL: token ids below V; larger ids are the caller's to refuse.
       segment_BL: documents of a packed row; positions of other documents are never seen.
-      kept: surviving entries that each norm averages over, as `prune.cut.mask` returns them.
+      kept: surviving entries that each norm averages over and tokens that stay, as
+        `prune.cut.mask` returns them.
       taps: names from `TAPS`; what is not asked for costs nothing.
       output: "logits", float32 with padded vocabulary rows at minus infinity, or "hidden": the
         pair `(hidden_BLD, head_DV)`, both in the compute dtype, from which a loss computes them
@@ -100,7 +104,7 @@ class HybridLM(nn.Module):
       return (hidden_BLD, head_DV.astype(hidden_BLD.dtype)), seen
     if output != "logits":
       raise ValueError(f"output {output!r} is not one of logits, hidden")
-    return logits(self.cfg, hidden_BLD, head_DV), seen
+    return logits(self.cfg, hidden_BLD, head_DV, kept.get("stay_V")), seen
 
   def _run(self, block, leaves, x_BLD, segment_BL, kept, name, taps):
     def run(leaves, x_BLD, segment_BL, count, inner):
@@ -120,15 +124,19 @@ class HybridLM(nn.Module):
 
 
 def logits(
-  cfg: ModelConfig, hidden_BLD: Float[Array, "B L D"], head_DV: Float[Array, "D V"]
+  cfg: ModelConfig,
+  hidden_BLD: Float[Array, "B L D"],
+  head_DV: Float[Array, "D V"],
+  stay_V: Bool[Array, "V"] | None = None,
 ) -> Float[Array, "B L V"]:
-  """Returns float32 logits; rows of padded vocabulary are minus infinity."""
+  """Returns float32 logits; minus infinity for padded rows and tokens that do not stay."""
   logits_BLV = jnp.einsum(
     "BLD,DV->BLV",
     hidden_BLD,
     head_DV.astype(hidden_BLD.dtype),
     preferred_element_type=jnp.float32,
   )
-  if cfg.real_vocabulary == cfg.V:
-    return logits_BLV
-  return jnp.where(jnp.arange(cfg.V) < cfg.real_vocabulary, logits_BLV, -jnp.inf)
+  if cfg.real_vocabulary < cfg.V:
+    real_V = jnp.arange(cfg.V) < cfg.real_vocabulary
+    stay_V = real_V if stay_V is None else stay_V & real_V
+  return logits_BLV if stay_V is None else jnp.where(stay_V, logits_BLV, -jnp.inf)

@@ -57,15 +57,15 @@ def mix(
 ) -> tuple[Float[Array, "B L D"], dict[str, jax.Array]]:
   """Returns the mixer's output for a normed input, and what can be tapped on the way.
 
-  Taps: `x_BLGHP` and `z_BLGHP` (projections, before the convolution), `y_BLGHP` (gated and
-  normed, the input of the output projection). `count["count_G"]` is the number of surviving
+  Taps: `x_BLGHP` and `z_BLGHP` (projections, before the convolution), `u_BLGHP`, `b_BLGN` and
+  `c_BLGN` (after convolution and SiLU), `dt_BLGH` (after softplus and limits), `y_BLGHP` (gated
+  and normed, the input of the output projection). `count["count_G"]` is the number of surviving
   channels in each group's gated norm.
   """
   cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
   z_BLGHP, x_BLGHP = project(x_BLD, cast["w_z_DGHP"]), project(x_BLD, cast["w_x_DGHP"])
   b_BLGN, c_BLGN = project(x_BLD, cast["w_b_DGN"]), project(x_BLD, cast["w_c_DGN"])
   dt_BLGH = project(x_BLD, cast["w_dt_DGH"], dtype=jnp.float32)
-  seen = {"x_BLGHP": x_BLGHP, "z_BLGHP": z_BLGHP}
 
   def conv(array, stem, letters):
     bias = cast.get(f"conv_bias_{stem}_{letters}")
@@ -73,13 +73,20 @@ def mix(
       causal_conv(array, cast[f"conv_{stem}_W{letters}"], bias, segment_BL=segment_BL)
     )
 
-  u_BLGHP = conv(x_BLGHP, "x", "GHP")
+  seen = {
+    "x_BLGHP": x_BLGHP,
+    "z_BLGHP": z_BLGHP,
+    "u_BLGHP": conv(x_BLGHP, "x", "GHP"),
+    "b_BLGN": conv(b_BLGN, "b", "GN"),
+    "c_BLGN": conv(c_BLGN, "c", "GN"),
+    "dt_BLGH": step_size(dt_BLGH, leaves["dt_bias_GH"], block.dt_limits),
+  }
   y_BLGHP, _ = ssd(
-    u_BLGHP,
-    step_size(dt_BLGH, leaves["dt_bias_GH"], block.dt_limits),
+    seen["u_BLGHP"],
+    seen["dt_BLGH"],
     rates(leaves),
-    conv(b_BLGN, "b", "GN"),
-    conv(c_BLGN, "c", "GN"),
+    seen["b_BLGN"],
+    seen["c_BLGN"],
     skip_GH=leaves["skip_GH"],
     segment_BL=segment_BL,
     impl=cfg.ssd,
@@ -157,9 +164,16 @@ def prefill(
     chunk=cfg.chunk,
   )
   y_BLD, _ = finish(cfg, leaves, y_BLGHP, z_BLGHP)
-  last_BW = length_B[:, None] + jnp.arange(1 - block.W, 0)
+  return y_BLD, MambaState(last_inputs(conv_BL, length_B, block.W), ssm_BGHPN)
+
+
+def last_inputs(
+  conv_BL: Float[Array, "B L channels"], length_B: Int[Array, "B"], W: int
+) -> Float[Array, "B _ channels"]:
+  """Returns the last W - 1 inputs of a convolution within each row's length, zeros before it."""
+  last_BW = length_B[:, None] + jnp.arange(1 - W, 0)
   conv_BW = jnp.take_along_axis(conv_BL, jnp.maximum(last_BW, 0)[..., None], axis=1)
-  return y_BLD, MambaState(jnp.where(last_BW[..., None] >= 0, conv_BW, 0), ssm_BGHPN)
+  return jnp.where(last_BW[..., None] >= 0, conv_BW, 0)
 
 
 def step(

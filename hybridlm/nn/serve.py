@@ -9,13 +9,17 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridlm.config import Attention, Mamba, Mlp, ModelConfig, block_name
-from hybridlm.nn import attention, lm, mamba, mlp, norm
+from hybridlm.config import Attention, GatedConv, Mamba, Mlp, ModelConfig, block_name
+from hybridlm.nn import attention, gated_conv, lm, mamba, mlp, norm
 from hybridlm.nn.cache import Cache
 
-JOIN = {Mamba: mamba.join, Attention: attention.join, Mlp: mlp.join}
-PREFILL = {Mamba: mamba.prefill, Attention: attention.prefill}
-STEP = {Mamba: mamba.step, Attention: attention.step}
+JOIN = {
+  Mamba: mamba.join, GatedConv: gated_conv.join, Attention: attention.join, Mlp: mlp.join,
+}
+PREFILL = {
+  Mamba: mamba.prefill, GatedConv: gated_conv.prefill, Attention: attention.prefill,
+}
+STEP = {Mamba: mamba.step, GatedConv: gated_conv.step, Attention: attention.step}
 NORMS = ("norm_gain_D", "norm_bias_D")
 
 

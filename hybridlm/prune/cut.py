@@ -1,6 +1,7 @@
 """The two readings of a plan: `cut` slices the parameters, `mask` writes zeros instead."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,9 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes, config
-from hybridlm.config import Mamba, ModelConfig, block_name
+from hybridlm.config import Attention, Block, GatedConv, Mamba, Mlp, ModelConfig, block_name
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.trees import tree_hash
+
+# The masks a block of each kind has, one for each index array that a plan may hold of it.
+STAYS: Mapping[type, tuple[str, ...]] = {
+  Mamba: ("stay_GH", "stay_G", "stay_P", "stay_GN"),
+  GatedConv: ("stay_GH", "stay_G", "stay_P"),
+  Attention: ("stay_KJ", "stay_K", "stay_E"),
+  Mlp: ("stay_F",),
+}
+QUERIES = ("w_q_DKJE", "b_q_KJE")
 
 
 def keep_axis(w: Any, w_axes: str, keep: Any, keep_axes: str) -> jax.Array:
@@ -31,37 +41,65 @@ def keep_axis(w: Any, w_axes: str, keep: Any, keep_axes: str) -> jax.Array:
   return jnp.take_along_axis(jnp.asarray(w), _spread(keep, keep_axes, w_axes), axis=axis)
 
 
-def zero_axis(w: Any, w_axes: str, keep: Any, keep_axes: str) -> jax.Array:
-  """Returns `w` of the same shape with zeros where `keep_axis` would drop entries."""
-  w, keep = jnp.asarray(w), np.asarray(keep)
-  size = w.shape[w_axes.index(keep_axes[-1])]
-  stays = np.zeros((*keep.shape[:-1], size), bool)
-  np.put_along_axis(stays, keep, True, axis=-1)
-  return jnp.where(_spread(stays, keep_axes, w_axes), w, jnp.zeros((), w.dtype))
-
-
-def _spread(array: np.ndarray, letters: str, w_axes: str) -> np.ndarray:
+def _spread(array: Any, letters: str, w_axes: str) -> Any:
   """Returns an array laid out by `w_axes`, with size 1 for the letters it does not have."""
   order = sorted(range(len(letters)), key=lambda i: w_axes.index(letters[i]))
   sizes = {letters[i]: array.shape[i] for i in range(len(letters))}
   return array.transpose(order).reshape([sizes.get(letter, 1) for letter in w_axes])
 
 
-def _each(leaves: Mapping[str, Any], keeps: Mapping[str, np.ndarray], change) -> dict[str, Any]:
-  """Returns a folder with `change` applied to every leaf once for each index array it has."""
+def of_leaf(name: str, arrays: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  """Returns `(letters, array)` of the index arrays or masks that concern a leaf.
+
+  Choices inside a group stand before the choice of groups: `keep_GH` has a row for every G.
+  """
+  letters = set(axes.of(name))
+  found = [(axes.of(each), array) for each, array in arrays.items()]
+  return sorted((item for item in found if set(item[0]) <= letters), key=lambda item: -len(item[0]))
+
+
+def query_scale(name: str, parent: Block, small: Block) -> np.float32:
+  """Returns what a leaf of an attention block is multiplied by where its heads are narrowed.
+
+  sqrt(E' / E) for the projection of the queries, whose products are divided by the sqrt(E') of
+  the narrower head and not by sqrt(E); 1 for everything else.
+  """
+  narrow = name in QUERIES and isinstance(parent, Attention)
+  return np.float32(math.sqrt(small.E / parent.E) if narrow else 1)
+
+
+def _keep(
+  folder: Mapping[str, Any], names: Iterable[str], keeps: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Returns the leaves of these names with the kept entries alone."""
   done = {}
-  for name, leaf in leaves.items():
-    letters = axes.of(name)
-    for keep_name, keep in keeps.items():
-      if set(axes.of(keep_name)) <= set(letters):
-        leaf = change(leaf, letters, keep, axes.of(keep_name))
-    done[name] = leaf
+  for name in names:
+    done[name] = folder[name]
+    for letters, keep in of_leaf(name, keeps):
+      done[name] = keep_axis(done[name], axes.of(name), keep, letters)
   return done
 
 
-def _check_source(cfg: ModelConfig, params: Mapping[str, Any], plan: Plan) -> None:
+def _keep_block(cfg: ModelConfig, small: ModelConfig, folder, plan: Plan, new: int):
+  """Returns the leaves of block `new` of the cut model."""
+  old = plan.blocks[new]
+  names = config.leaf_names(small)["blocks"][block_name(new)]
+  done = _keep(folder, names, plan.inside(old))
+  for name in QUERIES:
+    scale = query_scale(name, cfg.blocks[old], small.blocks[new])
+    if name in done and scale != 1:
+      done[name] = (done[name].astype(jnp.float32) * scale).astype(done[name].dtype)
+  return done
+
+
+def check_sizes(cfg: ModelConfig, plan: Plan) -> None:
+  """Raises ValueError unless a plan was made for a model of these sizes."""
   if cfg.blocks != plan.config.blocks or (cfg.V, cfg.D) != (plan.config.V, plan.config.D):
     raise ValueError("plan: made for a model of other sizes than the one given")
+
+
+def _check_source(cfg: ModelConfig, params: Mapping[str, Any], plan: Plan) -> None:
+  check_sizes(cfg, plan)
   config.check(cfg, params)
   found = tree_hash(params)
   if found != plan.source:
@@ -75,21 +113,98 @@ def cut(
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """Returns the smaller config and its parameters, in buffers of their own.
 
+  Beside slicing, queries of narrower heads are scaled (`query_scale`).
+
   Raises:
     ValueError: the plan was made for another model, or `params` is not the config's tree.
   """
   _check_source(cfg, params, plan)
+  small = plan.small_config(cfg)
   whole = {
-    key: _each(folder, plan.outside(), keep_axis)
-    for key, folder in params.items()
-    if key != "blocks"
+    key: _keep(folder, folder, plan.outside()) for key, folder in params.items() if key != "blocks"
   }
   whole["blocks"] = {
-    block_name(new): _each(params["blocks"][block_name(old)], plan.inside(old), keep_axis)
+    block_name(new): _keep_block(cfg, small, params["blocks"][block_name(old)], plan, new)
     for new, old in enumerate(plan.blocks)
   }
-  small = cfg.replace(D=plan.small_config().D, blocks=plan.small_config().blocks)
   return small, jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), whole)
+
+
+def stays(plan: Plan) -> dict[str, Any]:
+  """Returns the plan as 0/1 float32 arrays, whose structure and shapes the config alone decides.
+
+  `stay_D`, `stay_V`, and under "blocks" for each block `stay` (1: the block stays) and the masks
+  of its kind in `STAYS`. Trees of different plans of one config can be stacked.
+  """
+  cfg = plan.config
+  blocks = {}
+  for index, block in enumerate(cfg.blocks):
+    masks = {name: _ones_at(plan, name, index) for name in STAYS[type(block)]}
+    blocks[block_name(index)] = {"stay": np.float32(index in plan.blocks), **masks}
+  return {"stay_D": _ones_at(plan, "stay_D"), "stay_V": _ones_at(plan, "stay_V"), "blocks": blocks}
+
+
+def _ones_at(plan: Plan, name: str, index: int | None = None) -> np.ndarray:
+  letters = axes.of(name)
+  sizes = {"D": plan.config.D, "V": plan.config.V} if index is None else plan.config.sizes(index)
+  keep = plan.array(f"keep_{letters}", index)
+  mask = np.full(axes.shape(name, sizes), keep is None, np.float32)
+  if keep is not None:
+    np.put_along_axis(mask, keep, 1, axis=-1)
+  return mask
+
+
+def zero_folder(folder: Mapping[str, Any], stays: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Returns a folder of leaves with zeros where a mask that concerns the leaf is 0.
+
+  `stays` holds masks by name; "stay" is a scalar that concerns every leaf.
+  """
+  inner = {name: mask for name, mask in stays.items() if name != "stay"}
+  done = {}
+  for name, leaf in folder.items():
+    stay = jnp.asarray(stays.get("stay", 1)) > 0
+    for letters, mask in of_leaf(name, inner):
+      stay = stay & (_spread(jnp.asarray(mask), letters, axes.of(name)) > 0)
+    done[name] = jnp.where(stay, leaf, jnp.zeros((), jnp.asarray(leaf).dtype))
+  return done
+
+
+def counts(block: Block, stays: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Returns `count_G`, what each group's gated norm averages over; nothing without such a norm.
+
+  At least 1, so that what goes has no 0 / 0.
+  """
+  if not isinstance(block, Mamba | GatedConv):
+    return {}
+  heads_G, channels = jnp.sum(stays["stay_GH"], axis=1), jnp.sum(stays["stay_P"])
+  return {"count_G": jnp.maximum(heads_G * channels, 1.0)}
+
+
+def mask_by(
+  cfg: ModelConfig, params: Mapping[str, Any], stays: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns `(masked, kept)` for masks as `stays` gives them; pure, and traceable in all of them.
+
+  One compiled program serves every plan of a config, and `jax.vmap` over `stays` several at once.
+  See `mask` for what comes back.
+  """
+  masked, inner = {}, {}
+  for key, folder in params.items():
+    if key != "blocks":
+      masked[key] = zero_folder(folder, {name: stays[name] for name in ("stay_D", "stay_V")})
+  masked["blocks"] = {}
+  for index, block in enumerate(cfg.blocks):
+    name = block_name(index)
+    own = {**stays["blocks"][name], "stay_D": stays["stay_D"]}
+    masked["blocks"][name] = zero_folder(params["blocks"][name], own)
+    count = counts(block, own)
+    inner |= {name: count} if count else {}
+  kept = {
+    "count": jnp.sum(stays["stay_D"]),
+    "stay_V": jnp.asarray(stays["stay_V"]) > 0,
+    "blocks": inner,
+  }
+  return masked, kept
 
 
 def mask(
@@ -97,30 +212,13 @@ def mask(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns `(masked, kept)`: parameters of the parent's shapes with zeros where the plan drops.
 
-  `kept` holds the number of surviving entries each norm averages over, in float32: `count` for
-  the residual norms, `blocks/07/count_G` for a gated norm. With it the masked model gives the
-  logits of the cut one; a block that goes is all zeros and adds nothing.
+  `kept` holds the number of surviving entries each norm averages over, in float32 (`count` for
+  the residual norms, `blocks/07/count_G` for a gated norm), and the tokens that stay, `stay_V`:
+  logits of the others are minus infinity. With it the masked model gives the logits of the cut
+  one; a block that goes is all zeros and adds nothing, and a state of zeros is none.
 
   Raises:
     ValueError: the plan was made for another model, or `params` is not the config's tree.
   """
   _check_source(cfg, params, plan)
-  masked = {
-    key: _each(folder, plan.outside(), zero_axis)
-    for key, folder in params.items()
-    if key != "blocks"
-  }
-  masked["blocks"] = {}
-  for index in range(len(cfg.blocks)):
-    folder = _each(params["blocks"][block_name(index)], plan.inside(index), zero_axis)
-    gone = index not in plan.blocks
-    masked["blocks"][block_name(index)] = jax.tree.map(jnp.zeros_like, folder) if gone else folder
-  small = plan.small_config()
-  left = dict(zip(plan.blocks, small.blocks, strict=True))
-  counts = {}
-  for index, parent in enumerate(cfg.blocks):
-    if isinstance(parent, Mamba):
-      # A block that goes is listed too: the tree, and so the compiled program, is every plan's.
-      block = left.get(index, parent)
-      counts[block_name(index)] = {"count_G": jnp.full(block.G, block.H * block.P, jnp.float32)}
-  return masked, {"count": jnp.float32(small.D), "blocks": counts}
+  return mask_by(cfg, params, stays(plan))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes, config, lazy, strides
-from hybridlm.config import Mamba, ModelConfig, block_name
-from hybridlm.prune.cut import zero_axis
+from hybridlm.config import ModelConfig, block_name
+from hybridlm.prune import cut as cutting
 from hybridlm.prune.plan import Plan
 
 # What is turned into canonical order at once for hashing, while the piece before is hashed.
@@ -23,16 +23,26 @@ def take(w: np.ndarray, w_axes: str, keeps: Mapping[str, np.ndarray]) -> np.ndar
   """Returns a leaf with only the kept entries: `cut.keep_axis` for each array of `keeps`.
 
   Works in the memory order of `w` and returns a view of that order, so that a transposed view is
-  never turned. Slow axes are cut first: what they drop is not touched again.
+  never turned. Slow axes are cut first, groups before what is inside them: what they drop is not
+  touched again.
   """
   order = strides.memory_order(w)
   letters = "".join(w_axes[i] for i in order)
   w = w.transpose(order)
-  named = [(axes.of(name), keep) for name, keep in keeps.items()]
-  used = [(own, keep) for own, keep in named if set(own) <= set(letters)]
-  for own, keep in sorted(used, key=lambda item: letters.index(item[0][-1])):
-    w = _take(w, letters, keep, own)
+  used = {own: keep for own, keep in _named(keeps) if set(own) <= set(letters)}
+  used = {own: keep[used[own[0]]] if own[0] in used and len(own) > 1 else keep
+          for own, keep in used.items()}
+
+  def place(own):
+    return max(letters.index(own[-1]), *(letters.index(x) + 0.5 for x in own[:-1] if x in used), 0)
+
+  for own in sorted(used, key=place):
+    w = _take(w, letters, used[own], own)
   return w.transpose(np.argsort(order))
+
+
+def _named(keeps: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+  return [(axes.of(name), keep) for name, keep in keeps.items()]
 
 
 def _take(w: np.ndarray, letters: str, keep: np.ndarray, own: str) -> np.ndarray:
@@ -50,12 +60,18 @@ def _take(w: np.ndarray, letters: str, keep: np.ndarray, own: str) -> np.ndarray
   return made
 
 
-def _cut_leaf(leaf: lazy.Leaf, name: str, keeps: Mapping[str, np.ndarray]) -> lazy.Leaf:
+def _cut_leaf(
+  leaf: lazy.Leaf, name: str, keeps: Mapping[str, np.ndarray], scale: np.float32
+) -> lazy.Leaf:
   letters = axes.of(name)
-  sizes = {axes.of(keep)[-1]: array.shape[-1] for keep, array in keeps.items()
-           if set(axes.of(keep)) <= set(letters)}
+  sizes = {own[-1]: keep.shape[-1] for own, keep in _named(keeps) if set(own) <= set(letters)}
   shape = tuple(sizes.get(a, n) for a, n in zip(letters, leaf.shape, strict=True))
-  return lazy.Leaf(shape, leaf.dtype, lambda: take(leaf.read(), letters, keeps))
+
+  def read() -> np.ndarray:
+    taken = take(leaf.read(), letters, keeps)
+    return taken if scale == 1 else (taken.astype(np.float32) * scale).astype(taken.dtype)
+
+  return lazy.Leaf(shape, leaf.dtype, read)
 
 
 def cut(
@@ -68,20 +84,20 @@ def cut(
   Raises:
     ValueError: the plan was made for other sizes, or the leaves are not the config's tree.
   """
-  if cfg.blocks != plan.config.blocks or (cfg.V, cfg.D) != (plan.config.V, plan.config.D):
-    raise ValueError("plan: made for a model of other sizes than the one given")
+  cutting.check_sizes(cfg, plan)
   config.check(cfg, lazy.tree(leaves))
-  small_cfg = cfg.replace(D=plan.small_config().D, blocks=plan.small_config().blocks)
-  names = {block_name(new): old for new, old in enumerate(plan.blocks)}
+  small_cfg = plan.small_config(cfg)
   made = {}
   for path, _ in axes.leaves(config.shapes(small_cfg)):
     *folder, name = path.split("/")
     if folder[0] == "blocks":
-      old = names[folder[1]]
-      source, keeps = f"blocks/{block_name(old)}/{name}", plan.inside(old)
+      new = int(folder[1])
+      old = plan.blocks[new]
+      scale = cutting.query_scale(name, cfg.blocks[old], small_cfg.blocks[new])
+      source = leaves[f"blocks/{block_name(old)}/{name}"]
+      made[path] = _cut_leaf(source, name, plan.inside(old), scale)
     else:
-      source, keeps = path, plan.outside()
-    made[path] = _cut_leaf(leaves[source], name, keeps)
+      made[path] = _cut_leaf(leaves[path], name, plan.outside(), np.float32(1))
   return small_cfg, made
 
 
@@ -96,19 +112,12 @@ def mask_block(
     index: the block, in the parent.
     folder: its leaves by name.
   """
-  masked = {}
-  for name, leaf in folder.items():
-    letters = axes.of(name)
-    for keep_name, keep in plan.inside(index).items():
-      if set(axes.of(keep_name)) <= set(letters):
-        leaf = zero_axis(leaf, letters, keep, axes.of(keep_name))
-    masked[name] = leaf
-  small = plan.small_config()
-  block = small.blocks[plan.blocks.index(index)]
-  kept: dict[str, Any] = {"count": jnp.float32(small.D), "inner": None}
-  if isinstance(cfg.blocks[index], Mamba):
-    kept["inner"] = {"count_G": jnp.full(block.G, block.H * block.P, jnp.float32)}
-  return masked, kept
+  whole = cutting.stays(plan)
+  own = {**whole["blocks"][block_name(index)], "stay_D": whole["stay_D"]}
+  kept = {
+    "count": jnp.sum(whole["stay_D"]), "inner": cutting.counts(cfg.blocks[index], own) or None
+  }
+  return cutting.zero_folder(folder, own), kept
 
 
 def _ahead(pool: concurrent.futures.Executor, steps: Iterable[Callable[[], Any]]) -> Iterator[Any]:

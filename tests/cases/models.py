@@ -9,6 +9,8 @@ import numpy as np
 import hybridlm
 from hybridlm import axes
 from hybridlm.config import KINDS, Rope
+from hybridlm.prune.plan import Plan, pairs
+from hybridlm.prune.trees import tree_hash
 
 SIZES = {"V": 31, "D": 16, "F": 24, "K": 2, "J": 3, "E": 10, "G": 2, "H": 4, "P": 6, "N": 5, "W": 4}
 PATTERN = "M-M*-"
@@ -91,3 +93,39 @@ def permute(cfg, tree, index, letter, order, *, across=False):
     return jnp.take(flat, picked, axis=axis - 1).reshape(leaf.shape)
 
   return jax.tree_util.tree_map_with_path(change, tree)
+
+
+def plan(cfg, tree, sizes, seed=0):
+  """Returns a plan that keeps random entries: sizes by letter, or by block index and letter.
+
+  D, V and X (the blocks that stay, listed) are outside sizes. N=0 makes a block a gated
+  convolution. Under rotary positions channels stay by pairs, and a share of the others.
+  """
+  rng, keep = np.random.default_rng(seed), {}
+
+  def some(parent, size):
+    return np.sort(rng.permutation(parent)[:size])
+
+  for letter, size in sizes.items():
+    if letter in ("D", "V"):
+      keep[f"keep_{letter}"] = some(getattr(cfg, letter), size)
+  if "X" in sizes:
+    keep["keep_X"] = sizes["X"]
+  for index, block in enumerate(cfg.blocks):
+    own = {**{k: v for k, v in sizes.items() if not isinstance(k, int)}, **sizes.get(index, {})}
+    keep[f"{index:02d}"] = {}
+    for letter in set(own) & set(block.axes):
+      outer = {"H": "G", "N": "G", "J": "K"}.get(letter, "")
+      rows = [some(getattr(block, letter), own[letter]) for _ in range(getattr(block, outer, 1))]
+      if letter == "E":
+        rows = [channels(block, own["E"], rng)]
+      keep[f"{index:02d}"][f"keep_{outer}{letter}"] = rows if outer else rows[0]
+  return Plan(cfg, tree_hash(tree), keep)
+
+
+def channels(block, size, rng):
+  """Returns `size` channels of an attention head, rotary ones by pairs."""
+  half = pairs(block)
+  turned = rng.permutation(half)[: -(-half * size // (2 * block.E) // 1) or 1] if half else []
+  free = 2 * half + rng.permutation(block.E - 2 * half)[: size - 2 * len(turned)]
+  return np.sort([*turned, *(np.asarray(turned, int) + half), *free]).astype(int)
