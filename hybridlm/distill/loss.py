@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-# The logit of a padded vocabulary row: exp gives exactly 0, and differences of two give 0, not NaN.
+# The logit of a row that is padding or does not stay: exp gives exactly 0, and differences of two give 0, not NaN.
 _OUT = -1e30
 # Tokens a chunk on the CPU, where a chunk's logits should stay in cache (measured, V = 1k to 4k).
 _CPU_TOKENS = 256
@@ -40,6 +40,7 @@ def sums(
   kl: float = 1.0,
   ce: float = 0.0,
   vocabulary: int | None = None,
+  stay_V: Bool[Array, "student_V"] | None = None,
   chunk: int | None = None,
 ) -> dict[str, Float[Array, ""]]:
   """Returns float32 sums over tokens, so that results do not depend on how a batch is split.
@@ -58,6 +59,9 @@ def sums(
     ce: factor of the cross-entropy with the targets.
     vocabulary: real rows; those from there on are padding and have probability 0 in both models.
       Needed where the two heads have different numbers of rows.
+    stay_V: tokens that stay, one entry for each row of the student's head; the others have
+      probability 0 in both models, and one of them as a target a cross-entropy of infinity. None:
+      all. Being an array, it costs no program of its own.
     chunk: positions handled at a time; None takes what is fast here.
 
   Returns:
@@ -80,7 +84,9 @@ def sums(
   if chunk < 1:
     raise ValueError(f"loss: chunk {chunk} must be at least 1 position")
   settings = _Settings(float(temperature), float(kl), float(ce), vocabulary, chunk)
-  rest = (teacher, target_BL, weight_BL)
+  if stay_V is not None and stay_V.shape != head_DV.shape[1:]:
+    raise ValueError(f"loss: stay_V has {stay_V.shape[0]} entries, head_DV {head_DV.shape[1]} rows")
+  rest = (teacher, target_BL, weight_BL, stay_V)
   return _fused(settings, student_BLD, head_DV, jax.lax.stop_gradient(rest))
 
 
@@ -131,12 +137,17 @@ def _best_chunk(batch: int) -> int:
   return max(1, _CPU_TOKENS // batch) if jax.default_backend() == "cpu" else _POSITIONS
 
 
-def _logits(x_BQD, head_DV, settings: _Settings):
-  """Returns float32 logits [B, Q, V], padded rows at `_OUT`, and their column numbers."""
+def _logits(x_BQD, head_DV, settings: _Settings, stay_V):
+  """Returns float32 logits [B, Q, V], rows that are no choice at `_OUT`, and column numbers."""
   logits_BQV = jnp.einsum("BQD,DV->BQV", x_BQD, head_DV, preferred_element_type=jnp.float32)
   column_BQV = jax.lax.broadcasted_iota(jnp.int32, logits_BQV.shape, 2)
   if settings.vocabulary < head_DV.shape[1]:
     logits_BQV = jnp.where(column_BQV < settings.vocabulary, logits_BQV, _OUT)
+  if stay_V is not None:
+    # The other head may have more padding or less: it is out already.
+    short = max(0, head_DV.shape[1] - stay_V.shape[0])
+    rows_V = jnp.pad(stay_V, (0, short))[: head_DV.shape[1]]
+    logits_BQV = jnp.where(rows_V, logits_BQV, _OUT)
   return logits_BQV, column_BQV
 
 
@@ -158,14 +169,16 @@ def _total(weight_BQ, value_BQ):
   return jnp.where(weight_BQ != 0, weight_BQ * value_BQ, 0.0).sum()
 
 
-def _chunk_sums(settings: _Settings, x_BQD, head_DV, teacher, target_BQ, weight_BQ):
+def _chunk_sums(settings: _Settings, x_BQD, head_DV, teacher, target_BQ, weight_BQ, stay_V):
   """Returns a chunk's sums and a function from nothing to the gradient of its logits."""
-  logits_BQV, column_BQV = _logits(x_BQD, head_DV, settings)
+  logits_BQV, column_BQV = _logits(x_BQD, head_DV, settings, stay_V)
   top_BQ1 = logits_BQV.max(-1, keepdims=True)
   part_BQV, total_BQ1, log_BQ1 = _softmax(logits_BQV, top_BQ1, 1.0)
   hit_BQV = column_BQV == target_BQ[..., None]
   known_BQ = (target_BQ >= 0) & (target_BQ < settings.vocabulary)
   ce_BQ = log_BQ1[..., 0] - jnp.where(hit_BQV, logits_BQV, 0.0).sum(-1)
+  if stay_V is not None:
+    ce_BQ = jnp.where(jnp.take(stay_V, target_BQ, mode="clip"), ce_BQ, jnp.inf)
   ce_BQ = jnp.where(known_BQ, ce_BQ, jnp.nan)
   choice_BQ = _first_maximum(logits_BQV, top_BQ1, column_BQV)
   out = {
@@ -184,7 +197,7 @@ def _chunk_sums(settings: _Settings, x_BQD, head_DV, teacher, target_BQ, weight_
     soft = (part_BQV, total_BQ1, log_BQ1)
     if temperature != 1:
       soft = _softmax(logits_BQV, top_BQ1, temperature)
-    kl_BQ, choice, difference = _divergence(settings, soft, logits_BQV, teacher)
+    kl_BQ, choice, difference = _divergence(settings, soft, logits_BQV, teacher, stay_V)
     out["kl"] = _total(weight_BQ, kl_BQ)
     out["agree"] = _total(weight_BQ, (choice == choice_BQ).astype(jnp.float32))
     if settings.kl:
@@ -197,10 +210,10 @@ def _chunk_sums(settings: _Settings, x_BQD, head_DV, teacher, target_BQ, weight_
   return out, lambda: weight_BQ[..., None] * gradient()
 
 
-def _divergence(settings: _Settings, soft, logits_BQV, teacher):
+def _divergence(settings: _Settings, soft, logits_BQV, teacher, stay_V):
   """Returns T²·KL(teacher ‖ student), the teacher's argmax and the gradient to student logits."""
   temperature, shared = settings.temperature, min(logits_BQV.shape[-1], teacher[1].shape[1])
-  teacher_BQV, column_BQV = _logits(*teacher, settings)
+  teacher_BQV, column_BQV = _logits(*teacher, settings, stay_V)
   top_BQ1 = teacher_BQV.max(-1, keepdims=True)
   part_BQV, total_BQ1, log_BQ1 = _softmax(teacher_BQV, top_BQ1, temperature)
   own_BQV, own_total_BQ1, own_log_BQ1 = soft
@@ -228,7 +241,7 @@ def _padded(tree, chunk: int):
 
 def _scan(settings: _Settings, student_BLD, head_DV, rest, step, start):
   """Returns `step(carry, chunk's arrays)` scanned over chunks of L: last carry, stacked outputs."""
-  teacher, target_BL, weight_BL = rest
+  teacher, target_BL, weight_BL, stay_V = rest
   hidden_BLD, teacher_head_DV = (None, None) if teacher is None else teacher
   whole = _padded((student_BLD, hidden_BLD, target_BL, weight_BL), settings.chunk)
 
@@ -238,7 +251,9 @@ def _scan(settings: _Settings, student_BLD, head_DV, rest, step, start):
       whole,
     )
     pair = None if teacher is None else (t_BQD, teacher_head_DV)
-    out, gradient = _chunk_sums(settings, x_BQD, head_DV, pair, target_BQ, weight_BQ)
+    out, gradient = _chunk_sums(
+      settings, x_BQD, head_DV, pair, target_BQ, weight_BQ, stay_V
+    )
     return step(carry, x_BQD, out, gradient)
 
   count = whole[0].shape[1] // settings.chunk

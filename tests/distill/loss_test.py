@@ -275,3 +275,55 @@ def test_heads_of_different_rows_need_the_number_of_real_ones():
 def test_a_teacher_without_its_head_is_refused():
   with pytest.raises(ValueError, match="come together or not at all"):
     loss.sums(*inputs(17)[:4], teacher_BLD=inputs(17)[4])
+
+
+def staying():
+  """Returns arrays whose targets stay, the mask of 19 of 29 real tokens, and their ids."""
+  arrays = inputs(4, rows=33, teacher_rows=37, real=29)
+  token_V = np.sort(np.random.default_rng(5).permutation(29)[:19])
+  stay_V = np.isin(np.arange(33), [*token_V, 30, 31])  # padded rows never stay, whatever is said
+  target_BL = jnp.asarray(token_V)[arrays[2] % len(token_V)]
+  return (*arrays[:2], target_BL, *arrays[3:]), jnp.asarray(stay_V), token_V
+
+
+def test_tokens_that_do_not_stay_are_out_of_both_models_as_if_cut():
+  arrays, stay_V, token_V = staying()
+  factors = {"kl": 0.7, "ce": 0.4, "temperature": 2.0}
+  got, gradient = value_and_gradient(chunked, arrays, vocabulary=29, stay_V=stay_V, **factors)
+  cut = list(arrays)
+  cut[1], cut[5] = arrays[1][:, token_V], arrays[5][:, token_V]
+  cut[2] = jnp.searchsorted(jnp.asarray(token_V), arrays[2])
+  want, wanted = value_and_gradient(chunked, tuple(cut), **factors)
+  assert_close(got, want, bound=1e-5)
+  assert_close(gradient[0], wanted[0], bound=1e-5)
+  assert_close(gradient[1][:, token_V], wanted[1], bound=1e-5)
+  np.testing.assert_array_equal(np.delete(gradient[1], token_V, axis=1), 0)
+  whole = chunked(arrays, vocabulary=29, **factors)
+  assert abs(whole["kl"] - want["kl"]) > 0.01 * want["kl"]
+
+
+def test_tokens_that_stay_are_an_argument_and_cost_no_program():
+  arrays, stay_V, _ = staying()
+  totals(arrays, vocabulary=29, stay_V=stay_V)
+  before = totals._cache_size()
+  totals(arrays, vocabulary=29, stay_V=~stay_V)
+  totals(arrays, vocabulary=29, stay_V=stay_V | True)
+  assert totals._cache_size() == before
+  everything = totals(arrays, vocabulary=29, stay_V=stay_V | True)
+  assert_close(everything, totals(arrays, vocabulary=29), bound=1e-6)
+
+
+def test_a_target_that_does_not_stay_is_infinitely_unlikely_and_padding_still_does_not_count():
+  arrays, stay_V, token_V = staying()
+  gone = next(token for token in range(29) if token not in token_V)
+  target_BL, weight_BL = arrays[2].at[0, 3].set(gone), arrays[3].at[0, 3].set(0.5)
+  arrays = (*arrays[:2], target_BL, weight_BL, *arrays[4:])
+  assert np.isposinf(chunked(arrays, vocabulary=29, stay_V=stay_V)["ce"])
+  silent = (*arrays[:3], weight_BL.at[0, 3].set(0.0), *arrays[4:])
+  assert np.isfinite(chunked(silent, vocabulary=29, stay_V=stay_V, ce=1.0)["loss"])
+
+
+def test_a_mask_of_another_number_of_tokens_is_refused():
+  arrays, stay_V, _ = staying()
+  with pytest.raises(ValueError, match="stay_V has 32 entries, head_DV 33 rows"):
+    chunked(arrays, vocabulary=29, stay_V=stay_V[:32])
