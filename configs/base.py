@@ -85,13 +85,39 @@ def get_config() -> ml_collections.ConfigDict:
   c.calibrate.batch = 8
 
   c.plan = ml_collections.ConfigDict()
-  c.plan.path = ""  # a manifest to replay on the same teacher, with every target unset
+  # A manifest to replay on the same teacher, with every target unset, or "search": the best that
+  # the search finds.
+  c.plan.path = ""
 
   c.targets = ml_collections.ConfigDict()
-  # Sizes of the small model; unset: the parent's. `blocks` is how many blocks stay, `layers` how
-  # many pairs of a mixer and an MLP. H is heads a group, `heads` heads a block: two units.
-  for name in ("D", "F", "H", "heads", "P", "J", "blocks", "layers"):
-    c.targets[name] = config_dict.placeholder(int)
+  # Sizes of the small model; unset: the parent's. H is heads a group, `heads` heads a block: two
+  # units. An inside axis takes pairs of a block and its size too: F = ((1, 16), (3, 8)); N = 0
+  # leaves a block its convolution, gate and norm alone. `blocks` is how many blocks stay, or which;
+  # `layers` how many pairs of a mixer and an MLP; `noop` of how many blocks, or of which, N is 0;
+  # `floors` how many blocks of a kind stay at least: (("*", 2),).
+  for name in (
+    "D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "layers", "noop", "floors"
+  ):
+    c.targets[name] = config_dict.placeholder(object)
+  # Rounds before that, each cut and distilled on the way: ({"targets": {"D": 176}, "distil":
+  # {"steps": 100}}, ...). What a round's distillation does not say is as below.
+  c.schedule = ()
+
+  # The cut model's output projections by least squares, before distillation: "least_squares".
+  c.repair = ml_collections.ConfigDict()
+  c.repair.run = "none"
+  c.repair.ridge = 1e-3  # of the inputs' mean square: how strongly changes are held back
+  c.repair.order = "one_by_one"  # each block on repaired ones before it, or "together"
+  c.repair.target = "mix"  # what is matched: a block's own output, or "out": the stream after it
+  c.repair.gain = "none"  # "rescale" first gives each norm the factor that fits
+  c.repair.split = "train"
+  c.repair.batches = 16
+  c.repair.batch = 8
+
+  # A short continued training of the teacher on the student's text: "before" everything, or
+  # "beside" it, for the distillation alone. A fifth of the peak that the teacher was trained with.
+  c.correct = training(steps=100, peak=6e-4)
+  c.correct.run = "none"
 
   c.distil = training(steps=400, peak=2e-3)
   c.distil.temperature = 1.0

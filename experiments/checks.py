@@ -1,5 +1,6 @@
 """What can be wrong with a config's values, found before anything runs."""
 
+import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from configs import base
 from experiments import exchange
 from experiments.mistakes import about
 from hybridlm import axes, config
@@ -17,6 +19,7 @@ from hybridlm.data.pipeline import Corpus
 from hybridlm.eval import ngram
 from hybridlm.interop.families import FAMILIES
 from hybridlm.prune import depth as depths
+from hybridlm.prune import repair
 from hybridlm.prune import scores as scoring
 from hybridlm.train import mesh as meshes
 
@@ -26,11 +29,15 @@ LEAST = {
   "calibrate.batch": 1, "calibrate.batches": 1,
   "evaluate.batch": 1, "evaluate.batches": 1, "evaluate.speed_repeats": 1, "evaluate.ngram": 0,
   "findings.batch": 1, "findings.batches": 1, "findings.seeds": 1, "findings.calibration": 1,
+  "repair.batch": 1, "repair.batches": 1,
 } | {
-  f"{run}.{key}": least for run in ("teacher", "distil")
+  f"{run}.{key}": least for run in ("teacher", "distil", "correct")
   for key, least in {"steps": 1, "batch": 1, "accumulate": 1, "validate_batches": 1,
                      "validate_every": 0, "save_every": 0}.items()
 }
+# No correction; one that everything after it uses; one that only teaches.
+CORRECTIONS = ("none", "before", "beside")
+REPAIRS = ("none", "least_squares")
 
 
 def values(c: ConfigDict, grid: Mesh) -> None:
@@ -50,6 +57,7 @@ def values(c: ConfigDict, grid: Mesh) -> None:
   _batches(c, grid.shape["data"])
   _names(c)
   _loss(c.distil)
+  _optional(c)
 
 
 def _value(c: ConfigDict, path: str) -> Any:
@@ -59,14 +67,14 @@ def _value(c: ConfigDict, path: str) -> Any:
 
 
 def _batches(c: ConfigDict, rows: int) -> None:
-  for key in ("teacher", "distil"):
+  for key in ("teacher", "distil", *(("correct",) if c.correct.run != "none" else ())):
     run = c[key]
     if run.batch % (run.accumulate * rows):
       raise ValueError(
         f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
         f"mesh.data={rows}"
       )
-  for key in ("calibrate", "evaluate", "findings"):
+  for key in ("calibrate", "evaluate", "findings", "repair"):
     if c[key].batch % rows:
       raise ValueError(f"{key}.batch={c[key].batch} is not a multiple of mesh.data={rows}")
 
@@ -75,6 +83,8 @@ def _names(c: ConfigDict) -> None:
   choices = {
     "calibrate.estimator": scoring.ESTIMATORS, "calibrate.depth": (None, *depths.ESTIMATORS),
     "evaluate.inside": sorted(c.data.sources), "evaluate.outside": sorted(c.data.sources),
+    "correct.run": CORRECTIONS, "repair.run": REPAIRS, "repair.order": repair.ORDERS,
+    "repair.target": repair.TARGETS, "repair.gain": repair.GAINS,
     "scratch.run": ("same", "none"), "export.format": exchange.FORMATS,
     "export.family": (None, *(name for name, each in FAMILIES.items() if each.describe)),
   }
@@ -94,6 +104,21 @@ def _loss(run: ConfigDict) -> None:
     raise ValueError(
       f"distil.kl={run.kl} and distil.ce={run.ce} must not be negative, nor both zero"
     )
+
+
+def _optional(c: ConfigDict) -> None:
+  """Raises where parts that can be left out say what they cannot, or exclude each other."""
+  if not 0 < c.repair.ridge < math.inf:
+    raise ValueError(f"repair.ridge={c.repair.ridge} must be positive")
+  defaults = base.get_config()
+  for part in ("plan", "targets", "repair", "correct", "distil"):
+    for key in c[part]:
+      if key not in defaults[part]:
+        near = difflib.get_close_matches(key, list(defaults[part]), n=3, cutoff=0.0)
+        raise ValueError(f"{part}.{key} is unknown; nearest: {', '.join(near)}")
+  if c.schedule and c.plan.path:
+    raise ValueError(f"schedule and plan.path={c.plan.path!r} are both given: every round plans "
+                     "from its own scores")
 
 
 def heads(kept: Iterable[Any], cfg: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import hybridlm
@@ -12,9 +12,12 @@ from hybridlm.config import ModelConfig
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 
+# Rows in order; rounds of a schedule come after the teachers, named as in "round1_pruned".
 NAMES = {
   "teacher": "teacher",
+  "corrected": "teacher, corrected",
   "pruned": "pruned",
+  "repaired": "pruned + repaired",
   "distilled": "pruned + distilled",
   "scratch": "same size from scratch",
 }
@@ -24,10 +27,37 @@ HEADER = (
 )
 
 
+def label(name: str) -> str:
+  """Returns what a model is called in tables: `round1_pruned` -> "round 1: pruned"."""
+  if name in NAMES:
+    return NAMES[name]
+  number, _, plain = name.removeprefix("round").partition("_")
+  return f"round {number}: {NAMES[plain]}"
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+  """Returns names of models in the order of the table's rows."""
+  def place(name: str) -> tuple[int, int]:
+    number, _, plain = name.removeprefix("round").rpartition("_")
+    late = len(NAMES) if plain not in ("teacher", "corrected") else 0
+    return (int(number) if number else late, list(NAMES).index(plain))
+
+  return sorted(names, key=place)
+
+
+def reference(names: Iterable[str]) -> str:
+  """Returns the model that others are measured against: the corrected teacher where there is one.
+
+  It is what distillation learns from.
+  """
+  return "corrected" if "corrected" in names else "teacher"
+
+
 def recovery(results: Mapping[str, Any]) -> float:
   """Returns the share of the in-domain loss gap, opened by pruning, that distillation closed."""
   teacher, pruned, distilled = (
-    results[name]["inside"]["cross_entropy"] for name in ("teacher", "pruned", "distilled")
+    results[name]["inside"]["cross_entropy"]
+    for name in (reference(results), "pruned", "distilled")
   )
   return (pruned - distilled) / (pruned - teacher) if pruned != teacher else math.nan
 
@@ -36,7 +66,7 @@ def row(name: str, result: Mapping[str, Any], training: Mapping[str, Any] | None
   """Returns one model's cells of the table, as `HEADER` orders them."""
   inside, outside = result["inside"], result["outside"]
   return [
-    NAMES[name],
+    label(name),
     f"{result['parameters']:,}",
     f"{inside['bits_per_byte']:.3f}",
     f"{outside['bits_per_byte']:.3f}",
@@ -57,9 +87,17 @@ def verdicts(results: Mapping[str, Any], ngrams: Mapping[str, Sequence[float]]) 
   """Returns what the numbers say, one sentence each, whichever way it went."""
   bits = {name: result["inside"]["bits_per_byte"] for name, result in results.items()}
   lines = _against_ngrams(results["teacher"]["inside"], ngrams.get("inside", ()))
-  lines.append(f"Pruning costs {bits['pruned'] - bits['teacher']:.3f} bits a byte; distillation "
-               f"brings back {bits['pruned'] - bits['distilled']:.3f} of it: "
+  if "corrected" in results:
+    verb = "gains" if bits["corrected"] < bits["teacher"] else "loses"
+    lines.append(f"Correction of the teacher {verb} {abs(bits['teacher'] - bits['corrected']):.3f} "
+                 "bits a byte; what follows is measured against the corrected one.")
+  lines.append(f"Pruning costs {bits['pruned'] - bits[reference(bits)]:.3f} bits a byte; "
+               f"distillation brings back {bits['pruned'] - bits['distilled']:.3f} of it: "
                f"{recovery(results):.1%} of the loss gap.")
+  if "repaired" in results:
+    verb = "brings back" if bits["repaired"] < bits["pruned"] else "loses"
+    lines.append(f"Repair before distillation {verb} "
+                 f"{abs(bits['pruned'] - bits['repaired']):.3f} bits a byte.")
   if "scratch" in results:
     verb = "beats" if bits["distilled"] < bits["scratch"] else "does not beat"
     lines.append(f"Distilled ({bits['distilled']:.3f}) {verb} the same size trained from scratch "
@@ -109,7 +147,7 @@ def forecast(models: Mapping[str, ModelConfig], *, length: int, batch: int) -> s
   """Returns sizes, memory and cost of models before anything is computed, in Markdown.
 
   Args:
-    models: "teacher" and "small model".
+    models: "teacher", the rounds and, where targets say it, "small model".
     length: tokens a row.
     batch: rows whose decode state is counted.
   """
@@ -123,8 +161,11 @@ def forecast(models: Mapping[str, ModelConfig], *, length: int, batch: int) -> s
       f"{cost.prefill_flops / 1e6:,.1f}",
     ])
     lines.append(f"{name}: {sizes(cfg)}")
-  teacher, small = (config.parameters(models[name]) for name in ("teacher", "small model"))
-  lines.append(f"the small model keeps {small / teacher:.1%} of the parameters")
+  if "small model" in models:
+    teacher, small = (config.parameters(models[name]) for name in ("teacher", "small model"))
+    lines.append(f"the small model keeps {small / teacher:.1%} of the parameters")
+  else:
+    lines.append("small model: its sizes are known after the scores")
   header = ["model", "parameters", "weights MB", "training MB", "decode state MB", "MFLOP/token"]
   notes = (
     "training MB: float32 weights, gradients and AdamW's two moments; distillation adds the "
@@ -136,12 +177,12 @@ def forecast(models: Mapping[str, ModelConfig], *, length: int, batch: int) -> s
 
 def _curve_panels(logs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[plots.Curve]]:
   panels: dict[str, list[plots.Curve]] = {}
-  titles = {"teacher": "teacher", "distilled": "small model", "scratch": "small model"}
-  for name, log in logs.items():
+  for name in ordered(logs):
+    log, title = logs[name], "teacher" if name in ("teacher", "corrected") else "small model"
     points = (
       [(point["tokens"], point["ce"]) for point in log[split]] for split in ("train", "valid")
     )
-    panels.setdefault(titles[name], []).append(plots.Curve(NAMES[name], *points))
+    panels.setdefault(title, []).append(plots.Curve(label(name), *points))
   return panels
 
 
@@ -162,7 +203,8 @@ def write(
   Args:
     folder: where everything goes.
     title: first line.
-    results: model name -> what `evaluate` stages measured; see `NAMES` for the names.
+    results: model name -> what `evaluate` stages measured; see `NAMES` for the names. Those of a
+      round begin with "round1_" and its like.
     ngrams: "inside" and "outside" -> bits per byte of orders 1, 2, ..
     logs: model name -> what `training.log` returned.
     scores: what the plan was made from.
@@ -171,7 +213,7 @@ def write(
     findings: what the study of the teacher's heads says, in Markdown.
   """
   summaries = {name: log["summary"] for name, log in logs.items()}
-  rows = [row(name, results[name], summaries.get(name)) for name in NAMES if name in results]
+  rows = [row(name, results[name], summaries.get(name)) for name in ordered(results)]
   body = [f"# {title}", "", *(f"* {line}" for line in verdicts(results, ngrams)), ""]
   main = table(HEADER, rows)
   body += [main, "", "Bits per byte count every predicted token, ends of documents too. Agreement "
@@ -186,8 +228,9 @@ def write(
   panels = _curve_panels(logs)
   if panels:
     levels = {}
-    if "teacher" in logs:
-      levels["small model"] = {"teacher, at its end": logs["teacher"]["valid"][-1]["ce"]}
+    if reference(logs) in logs:
+      ended = logs[reference(logs)]["valid"][-1]["ce"]
+      levels["small model"] = {f"{label(reference(logs))}, at its end": ended}
     plots.curves(panels, levels, folder / "loss.png", y_label="cross-entropy (nats a token)")
     body += ["## Loss", "", "Thin: training. Dotted: validation.", "", "![loss](loss.png)", ""]
   if findings:

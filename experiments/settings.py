@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import checks, exchange
+from experiments import checks, exchange, rounds
 from experiments.mistakes import about
 from hybridlm import axes
 from hybridlm.config import PRESETS, ModelConfig, block_name
@@ -25,6 +25,9 @@ from hybridlm.train import mesh as meshes
 from hybridlm.train import optim
 
 SIZES = "VDFKJEGHPNW"
+# `plan.path` that stands for the best of the search.
+SEARCH = "search"
+UNSET = "targets are all unset: name at least one size to prune to"
 # What else a model is made of, and how it computes; only the latter may change a preset.
 STYLE = ("activation", "norm", "tied")
 RUNTIME = ("dtype", "remat", "ssd", "chunk", "attention")
@@ -112,19 +115,57 @@ def check_vocabulary(c: ConfigDict, cfg: ModelConfig, vocabulary: int) -> None:
     raise ValueError(f"tokenizer {c.data.tokenizer!r} has {vocabulary} ids, more than V={cfg.V}")
 
 
-def targets(c: ConfigDict) -> dict[str, int]:
-  """Returns the sizes of the small model that the config sets."""
-  return {name: value for name, value in c.targets.items() if value is not None}
+def targets(c: ConfigDict) -> dict[str, Any]:
+  """Returns the targets that the config sets, as `prune.select.plan` takes them.
+
+  Pairs become mappings: `F = ((1, 16), (3, 8))` is F by block, `floors` blocks by symbol. A tuple
+  of blocks becomes a list.
+
+  Raises:
+    ValueError: a tuple of anything else.
+  """
+  return {name: _target(name, value) for name, value in c.targets.items() if value is not None}
 
 
-def open_pattern(cfg: ModelConfig, wanted: Mapping[str, int]) -> bool:
+def _target(name: str, value: Any) -> Any:
+  if not isinstance(value, (tuple, list)):
+    return value
+  if name in ("blocks", "noop"):
+    return list(value)
+  key = str if name == "floors" else int
+  if not value or not all(
+    isinstance(pair, (tuple, list)) and len(pair) == 2 and type(pair[0]) is key for pair in value
+  ):
+    what = "a symbol and how many stay" if key is str else "a block and its size"
+    raise ValueError(f"targets.{name}={value!r}: pairs of {what}, such as "
+                     + ("(('*', 2),)" if key is str else "((1, 16), (3, 8))"))
+  if len(dict(value)) < len(value):
+    raise ValueError(f"targets.{name}={value!r} names one twice")
+  return dict(value)
+
+
+def written(wanted: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns targets as JSON holds them: blocks as text."""
+  return {
+    name: {str(key): size for key, size in value.items()} if isinstance(value, Mapping) else value
+    for name, value in wanted.items()
+  }
+
+
+def chosen(wanted: Mapping[str, Any]) -> bool:
+  """Whether scores decide which blocks stay, or what becomes of them."""
+  return any(not isinstance(wanted.get(name, []), list) for name in ("blocks", "layers", "noop"))
+
+
+def open_pattern(cfg: ModelConfig, wanted: Mapping[str, Any]) -> bool:
   """Whether scores decide what kinds of blocks stay, so that targets do not say it."""
   layers = set(zip(cfg.blocks[::2], cfg.blocks[1::2], strict=False))
-  return "blocks" in wanted or ("layers" in wanted and len(layers) > 1)
+  counts = not all(isinstance(wanted.get(name, []), list) for name in ("blocks", "noop"))
+  return counts or ("layers" in wanted and len(layers) > 1)
 
 
 def small(
-  cfg: ModelConfig, wanted: Mapping[str, int], *, letters: str, depth: str | None
+  cfg: ModelConfig, wanted: Mapping[str, Any], *, letters: str, depth: str | None
 ) -> ModelConfig:
   """Returns the config that a plan of these targets leaves, whatever the scores.
 
@@ -138,8 +179,8 @@ def small(
     ValueError: no target, targets that no plan of this parent can meet, or an axis without scores.
   """
   if not wanted:
-    raise ValueError("targets are all unset: name at least one size to prune to")
-  shapes = {"score_X": (len(cfg.blocks),)} if depth else {}
+    raise ValueError(UNSET)
+  shapes = dict.fromkeys(("score_X", "score_ssm_X"), (len(cfg.blocks),)) if depth else {}
   names = {scoring.SCORE_OF[letter] for letter in letters if letter in scoring.SCORE_OF}
   for index, block in enumerate(cfg.blocks):
     for name in names:
@@ -206,8 +247,10 @@ class Setup:
     corpus: the text.
     source: where a teacher from elsewhere lies; None: it is pretrained.
     cfg: the teacher.
-    small: the config that the targets leave (which blocks stay is decided by scores).
+    small: the config that the targets leave (which blocks stay is decided by scores); None: only
+      the search, or the scores of an earlier round, will say.
     grid: the devices.
+    rounds: the same for every round of the schedule, with its own values in `c` and `small`.
   """
 
   c: ConfigDict
@@ -215,8 +258,9 @@ class Setup:
   corpus: data.Corpus
   source: pathlib.Path | None
   cfg: ModelConfig
-  small: ModelConfig
+  small: ModelConfig | None
   grid: Mesh
+  rounds: tuple["Setup", ...] = ()
 
   @property
   def inside(self) -> str:
@@ -265,7 +309,12 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
     ValueError: values that cannot go together, text that is empty or not UTF-8.
   """
   checks.values(c, grid)
-  for key in ("teacher", "distil"):
+  stops = rounds.configs(c)
+  for number, each in enumerate(stops, 1):
+    with about(rounds.place(number)):
+      checks.values(each, grid)
+      optimizer(each.distil)
+  for key in ("teacher", "distil", *(("correct",) if c.correct.run != "none" else ())):
     with about(key):
       optimizer(c[key])
   if c.scratch.run == "same":
@@ -277,15 +326,47 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
   cfg = model(c, ids) if source is None else imported(c, source, ids)
   checks.heads(c.findings.heads, cfg)
   checks.texts(c, text)
-  wanted, run = targets(c), c.calibrate
+  checks.layout(cfg, grid, "the teacher")
+  s = Setup(c, cache, text, source, cfg, None, grid)
+  parent, made = cfg, []
+  for number, each in enumerate(stops, 1):
+    with about(rounds.place(number)):
+      left, known = _left(each, parent, grid)
+    made.append(dataclasses.replace(s, c=each, small=left))
+    parent = left if known else None
+  return dataclasses.replace(s, small=_left(c, parent, grid)[0], rounds=tuple(made))
+
+
+def _left(
+  c: ConfigDict, parent: ModelConfig | None, grid: Mesh
+) -> tuple[ModelConfig | None, bool]:
+  """Returns the config that a cut leaves, and whether its kinds of blocks are known by now.
+
+  Args:
+    c: a config, or that of a round.
+    parent: what is cut; None: scores will say what it is, and then what can be cut from it.
+    grid: the devices.
+
+  Raises:
+    FileNotFoundError: a plan that is not there.
+    ValueError: targets or a plan that the parent cannot meet, or a model that cannot be exported
+      or laid out.
+  """
+  wanted, path = targets(c), c.plan.path
+  if path == SEARCH:
+    return None, False
+  if parent is None:
+    if not wanted:
+      raise ValueError(UNSET)
+    return None, False
+  open_ = open_pattern(parent, wanted)
   left = None
-  if wanted or not c.plan.path:
-    left = small(cfg, wanted, letters=run.axes, depth=run.depth)
-  if c.plan.path:
-    left = replayed(cfg, c.plan.path, None if open_pattern(cfg, wanted) else left)
-  if c.plan.path or not open_pattern(cfg, wanted):
+  if wanted or not path:
+    left = small(parent, wanted, letters=c.calibrate.axes, depth=c.calibrate.depth)
+  if path:
+    left, open_ = replayed(parent, path, None if open_ else left), False
+  if not open_:
     with about("export"):
       exchange.check(left, c.export.format, c.export.family)
-  for owner, each in (("the teacher", cfg), ("the small model", left)):
-    checks.layout(each, grid, owner)
-  return Setup(c, cache, text, source, cfg, left, grid)
+  checks.layout(left, grid, "the small model")
+  return left, not open_

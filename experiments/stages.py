@@ -44,6 +44,25 @@ class Stage:
   home: pathlib.Path | None = None
 
 
+def rewired(stage: Stage | None, names: Mapping[str, str]) -> Stage | None:
+  """Returns a stage of another name and with other needs, which it reads under the plain names.
+
+  Args:
+    stage: the stage; None stays None.
+    names: plain name -> the one in this pipeline, of the stage and of its needs; what is not among
+      them keeps its name.
+  """
+  if stage is None or not {stage.name, *stage.needs} & {k for k, v in names.items() if k != v}:
+    return stage
+  seen = {need: names.get(need, need) for need in stage.needs}
+
+  def run(folder: pathlib.Path, inputs: Inputs) -> None:
+    stage.run(folder, {plain: inputs[name] for plain, name in seen.items()})
+
+  name = names.get(stage.name, stage.name)
+  return dataclasses.replace(stage, name=name, needs=tuple(seen.values()), run=run)
+
+
 @dataclasses.dataclass(frozen=True)
 class Status:
   """Where a stage stands: `state` is "done", "redo", "resume" or "new", `why` says it in words.
