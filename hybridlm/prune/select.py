@@ -1,18 +1,26 @@
 """Scores and target sizes in, a plan out."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hybridlm.config import Attention, Mamba, Mlp, ModelConfig, block_name
+from hybridlm.prune import sizes, stay
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
+from hybridlm.prune.sized import sized
+from hybridlm.prune.sizes import KINDS, KNOWN, Targets
 
-# Target -> the block kind whose size it is. "heads" counts all heads of a block, in all groups.
-KINDS = {"H": Mamba, "heads": Mamba, "P": Mamba, "F": Mlp, "J": Attention}
-KNOWN = ("D", *KINDS, "blocks", "layers")
-Targets = Mapping[str, Any]
+__all__ = [
+  "KINDS", "KNOWN", "Targets", "kept_blocks", "kept_layers", "order", "orders", "plan",
+  "rank_heads", "rank_queries", "sized", "top",
+]
+WINDOW = "score_window_X"
+
+
+def order(score: np.ndarray) -> np.ndarray:
+  """Returns the indices of the last axis, best first; ties go to the lower index."""
+  return np.argsort(-np.asarray(score), axis=-1, kind="stable")
 
 
 def top(score: np.ndarray, count: int) -> np.ndarray:
@@ -20,8 +28,7 @@ def top(score: np.ndarray, count: int) -> np.ndarray:
 
   Ties go to the lower index, so that the same scores always give the same plan.
   """
-  order = np.argsort(-score, axis=-1, kind="stable")[..., :count]
-  return np.sort(order, axis=-1).astype(np.int32)
+  return np.sort(order(score)[..., :count], axis=-1).astype(np.int32)
 
 
 def rank_heads(score_GHP: np.ndarray, channels: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,148 +41,185 @@ def rank_heads(score_GHP: np.ndarray, channels: int, heads: int) -> tuple[np.nda
   return keep_P, top(np.linalg.norm(score_GHP[..., keep_P], axis=-1), heads)
 
 
-def wanted(targets: Targets, name: str, index: int, parent: int, per: int = 1) -> int:
-  """Returns the size a block shall have: its own where targets differ by block.
-
-  Args:
-    targets: sizes by letter; a mapping from block index to size where they differ.
-    name: a key of `targets`; where it is absent the parent's size stays.
-    index: the block.
-    parent: the size the parent has, in the unit of `name`.
-    per: the result must be a multiple of this (heads of a block: its groups).
-
-  Raises:
-    ValueError: not a whole number, zero, larger than the parent, or not a multiple of `per`.
-  """
-  value = targets.get(name, parent)
-  if isinstance(value, Mapping):
-    value = value.get(index, value.get(str(index), parent))
-  if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-    raise ValueError(f"target {name}={value!r} of block {index}: not a whole number of at least 1")
-  if value > parent:
-    raise ValueError(f"target {name}={value} of block {index}: larger than the parent's {parent}")
-  if value % per:
-    raise ValueError(
-      f"target {name}={value} of block {index}: not a multiple of its {per} groups; every group "
-      "keeps as many heads"
-    )
-  return int(value)
+def rank_queries(score_KJ: np.ndarray, groups: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `(keep_KJ, keep_K)`: queries in each KV group first, then groups on what survives."""
+  keep_KJ = top(score_KJ, queries)
+  left_KJ = np.take_along_axis(score_KJ, keep_KJ, axis=1)
+  return keep_KJ, top(np.linalg.norm(left_KJ, axis=1), groups)
 
 
-def _check_names(cfg: ModelConfig, targets: Targets) -> None:
-  for name, value in targets.items():
-    if name not in KNOWN:
-      raise ValueError(f"target {name!r} is not one of {', '.join(KNOWN)}")
-    kind = KINDS.get(name)
-    if kind and not any(isinstance(block, kind) for block in cfg.blocks):
-      raise ValueError(f"target {name}={value}: no block of {cfg.pattern!r} has this axis")
-    if isinstance(value, Mapping) and not kind:
-      raise ValueError(f"target {name}={value!r}: one size for the whole model, not one a block")
-    for index in value if isinstance(value, Mapping) else ():
-      inside = str(index).isdigit() and int(index) < len(cfg.blocks)
-      if not inside or (kind and not isinstance(cfg.blocks[int(index)], kind)):
-        raise ValueError(f"target {name}: block {index} of {cfg.pattern!r} has no such axis")
-  for pair in (("H", "heads"), ("blocks", "layers")):
-    if set(pair) <= set(targets):
-      raise ValueError(f"targets {' and '.join(pair)} both given: they are one size in two units")
-
-
-def _inside(
-  cfg: ModelConfig, scores: Scores, targets: Targets, index: int
-) -> dict[str, np.ndarray]:
-  """Returns the index arrays of one block; an axis that stays whole has none."""
-  block, name = cfg.blocks[index], block_name(index)
+def _mixer(block: Any, scores: Scores, name: str, size: dict[str, int]) -> dict[str, np.ndarray]:
   found = {}
-  if isinstance(block, Mlp):
-    size = wanted(targets, "F", index, block.F)
-    if size < block.F:
-      found["keep_F"] = top(scores.get(f"{name}/score_F"), size)
-  elif isinstance(block, Attention):
-    size = wanted(targets, "J", index, block.J)
-    if size < block.J:
-      found["keep_KJ"] = top(scores.get(f"{name}/score_KJ"), size)
-  else:
-    channels = wanted(targets, "P", index, block.P)
-    heads = wanted(targets, "H", index, block.H)
-    if "heads" in targets:
-      heads = wanted(targets, "heads", index, block.G * block.H, per=block.G) // block.G
-    if (heads, channels) != (block.H, block.P):
-      keep_P, keep_GH = rank_heads(scores.get(f"{name}/score_GHP"), channels, heads)
-      found |= {"keep_P": keep_P} if channels < block.P else {}
-      found |= {"keep_GH": keep_GH} if heads < block.H else {}
+  if any(size[letter] < getattr(block, letter) for letter in "GHP"):
+    score_GHP = scores.get(f"{name}/score_GHP")
+    keep_P, keep_GH = rank_heads(score_GHP, size["P"], size["H"])
+    left_GHP = np.take_along_axis(score_GHP[..., keep_P], keep_GH[..., None], axis=1)
+    found = {"keep_P": keep_P, "keep_GH": keep_GH,
+             "keep_G": top(np.linalg.norm(left_GHP, axis=(1, 2)), size["G"])}
+  if size.get("N") == 0:
+    found["keep_GN"] = np.zeros((block.G, 0), np.int32)
+  elif isinstance(block, Mamba) and size["N"] < block.N:
+    found["keep_GN"] = top(scores.get(f"{name}/score_GN"), size["N"])
   return found
 
 
-def kept_blocks(cfg: ModelConfig, scores: Scores, target: Any) -> np.ndarray:
-  """Returns the blocks that stay: the best by depth score, or the ones listed.
+def _attention(
+  block: Attention, scores: Scores, name: str, size: dict[str, int]
+) -> dict[str, np.ndarray]:
+  found = {}
+  if size["J"] < block.J or size["K"] < block.K:
+    score_KJ = scores.get(f"{name}/score_KJ")
+    found["keep_KJ"], found["keep_K"] = rank_queries(score_KJ, size["K"], size["J"])
+  if size["E"] < block.E:
+    best = order(scores.get(f"{name}/score_E"))
+    found["keep_E"] = np.asarray(sizes.keep_width(block, size["E"], best), np.int32)
+  return found
+
+
+def _inside(
+  cfg: ModelConfig, scores: Scores, index: int, size: dict[str, int]
+) -> dict[str, np.ndarray]:
+  """Returns the index arrays of one block; an axis that stays whole has none."""
+  block, name = cfg.blocks[index], block_name(index)
+  if isinstance(block, Mlp):
+    whole = size["F"] == block.F
+    return {} if whole else {"keep_F": top(scores.get(f"{name}/score_F"), size["F"])}
+  make = _attention if isinstance(block, Attention) else _mixer
+  found = make(block, scores, name, size)
+  last = {"keep_GH": "H", "keep_P": "P", "keep_G": "G", "keep_KJ": "J", "keep_K": "K"}
+  whole = {keep for keep, letter in last.items() if size.get(letter) == getattr(block, letter, 0)}
+  return {keep: rows for keep, rows in found.items() if keep not in whole}
+
+
+def _window(cfg: ModelConfig, scores: Scores, targets: Targets, count: int) -> list[int] | None:
+  """Returns the blocks that the cheapest window leaves; None where scores are of single blocks.
 
   Raises:
-    ValueError: more blocks than the parent has, none, or an index that is not one of them.
+    ValueError: scores of windows of another length, or floors that every window breaks.
   """
-  count = len(cfg.blocks)
+  if WINDOW not in scores.sums:
+    return None
+  total, length = len(cfg.blocks), int(scores.meta["window"])
+  if length != total - count:
+    if "score_X" in scores.sums or count == total:
+      return None
+    raise ValueError(f"target blocks={count}: the scores are of windows of {length} blocks, so "
+                     f"{total - length} of {total} can stay; calibrate windows of {total - count}")
+  floors = stay.depth_floors(targets, count)
+  for start in np.argsort(scores.get(WINDOW), kind="stable"):
+    left = [index for index in range(total) if not start <= index < start + length]
+    kinds = "".join(cfg.blocks[index].symbol for index in left)
+    if all(kinds.count(kind) >= floor for kind, floor in floors.items()):
+      return left
+  raise ValueError(f"target blocks={count}: every window of {length} blocks breaks the floors "
+                   f"{floors}")
+
+
+def kept_blocks(cfg: ModelConfig, scores: Scores, targets: Targets) -> np.ndarray:
+  """Returns the blocks that stay by the target `blocks`: those listed, or the best by score.
+
+  A window that goes whole is chosen by what the model loses without it; single blocks by theirs.
+  At least as many of a kind stay as `floors` says.
+
+  Raises:
+    ValueError: more blocks than the parent has, none, an index that is not one of them, or floors
+      that cannot be met.
+  """
+  target = targets["blocks"]
   if isinstance(target, (list, tuple)):
-    whole = all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in target)
-    listed = sorted(set(target)) if whole else []
-    if not listed or listed[0] < 0 or listed[-1] >= count or len(listed) != len(target):
-      raise ValueError(f"target blocks={target!r}: not distinct indices of the {count} blocks")
-    return np.asarray(listed, np.int32)
-  whole = isinstance(target, (int, np.integer)) and not isinstance(target, bool)
-  if not whole or not 1 <= target <= count:
-    raise ValueError(f"target blocks={target!r}: the parent has {count}, keep 1 to {count}")
-  return top(scores.get("score_X"), target)
+    named = stay.listed(cfg, target)
+    stay.check_listed(cfg, targets, named)
+    return np.asarray(named, np.int32)
+  count = stay.counted(target, "blocks", len(cfg.blocks))
+  left = _window(cfg, scores, targets, count)
+  if left is None:
+    floors = stay.depth_floors(targets, count)
+    left = stay.best(order(scores.get("score_X")), cfg.pattern, count, floors)
+  return np.asarray(left, np.int32)
 
 
-def kept_layers(cfg: ModelConfig, scores: Scores, target: Any) -> np.ndarray:
+def _layer_scores(cfg: ModelConfig, scores: Scores) -> np.ndarray:
+  return scores.get("score_X").reshape(len(cfg.blocks) // 2, 2).sum(axis=1)
+
+
+def kept_layers(cfg: ModelConfig, scores: Scores, targets: Targets) -> np.ndarray:
   """Returns the blocks of the layers that stay: those whose two depth scores have the largest sum.
 
   A layer is a mixer and the MLP after it, as published dense and hybrid models count them; keeping
   layers whole keeps a model one that those formats can hold.
 
   Raises:
-    ValueError: blocks that are not such pairs, or more layers than the parent has, or none.
+    ValueError: blocks that are not such pairs, more layers than the parent has, none, or floors
+      that cannot be met.
   """
-  pairs = len(cfg.blocks) // 2
-  mixers, mlps = cfg.blocks[::2], cfg.blocks[1::2]
-  whole = len(cfg.blocks) == 2 * pairs and all(isinstance(block, Mlp) for block in mlps)
-  if not whole or any(isinstance(block, Mlp) for block in mixers):
-    raise ValueError(f"target layers={target!r}: {cfg.pattern!r} is not made of layers, a mixer "
-                     "and an MLP each; name blocks")
-  number = isinstance(target, (int, np.integer)) and not isinstance(target, bool)
-  if not number or not 1 <= target <= pairs:
-    raise ValueError(f"target layers={target!r}: the parent has {pairs}, keep 1 to {pairs}")
-  first = 2 * top(scores.get("score_X").reshape(pairs, 2).sum(axis=1), target)
-  return np.stack([first, first + 1], axis=1).ravel()
+  target = targets["layers"]
+  kinds = stay.layers(cfg, target)
+  count = stay.counted(target, "layers", len(kinds))
+  floors = stay.depth_floors(targets, count, paired=True)
+  first = 2 * np.asarray(stay.best(order(_layer_scores(cfg, scores)), kinds, count, floors))
+  return np.stack([first, first + 1], axis=1).ravel().astype(np.int32)
+
+
+def orders(cfg: ModelConfig, scores: Scores, targets: Targets) -> dict[str, Any]:
+  """Returns the rankings by which `sized` chooses the very blocks that `plan` would.
+
+  >>> targets = {"D": 8, "blocks": 3}
+  >>> small = select.sized(cfg, targets, **select.orders(cfg, scores, targets))
+  >>> small == select.plan(cfg, scores, targets).small_config()
+  True
+  """
+  found: dict[str, Any] = {}
+  if sizes.whole(targets.get("blocks")):
+    left = kept_blocks(cfg, scores, targets).tolist()
+    found["order_X"] = [*left, *(i for i in range(len(cfg.blocks)) if i not in left)]
+  if "layers" in targets:
+    stay.layers(cfg, targets["layers"])
+    found["order_X"] = order(_layer_scores(cfg, scores)).tolist()
+  if sizes.whole(targets.get("noop")) and targets["noop"]:
+    found["order_ssm_X"] = order(scores.get("score_ssm_X")).tolist()
+  return found
 
 
 def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   """Returns the plan that keeps the best-scored entries of every axis.
 
+  Inner choices come before outer ones: channels, then heads in each group on the channels that
+  survive, then groups on what survives in them; queries, then KV groups; blocks, then no-ops among
+  those that stay.
+
   Args:
     cfg: the parent.
     scores: what `scores.calibrate` measured on it.
-    targets: sizes: D, F, H (heads per group) or heads (per block), P, J; a size may be a mapping
-      from block index to size. `blocks`: how many stay, or the list of those that do; or
-      `layers`: how many pairs of a mixer and an MLP stay. An axis that is not named keeps its size.
+    targets: sizes. D; F; H (heads a group) or heads (a block: a multiple of the groups that stay);
+      P; G; N (0: the SSM becomes a no-op); K; J; E. All but D may be a mapping from block index to
+      size. `noop`: blocks whose SSM becomes a no-op, or how many. `blocks`: how many stay, or the
+      list of those that do; or `layers`: how many pairs of a mixer and an MLP. `floors`: block
+      kind -> how many stay at least. An axis that is not named keeps its size.
 
   Raises:
-    ValueError: an unknown target; a size larger than the parent's, zero, or heads that groups
-      cannot share equally; scores that miss an axis.
+    ValueError: an unknown target; a size larger than the parent's, zero, or one that groups cannot
+      share equally; scores that miss an axis.
 
   >>> plan = hybridlm.plan(cfg, scores, {"F": 11, "H": 3})
   >>> [block.F for block in plan.small_config().blocks if block.symbol == "-"]
   [11]
   """
-  _check_names(cfg, targets)
+  sizes.check(cfg, targets)
   keep: dict[str, Any] = {}
-  width = wanted({"D": targets.get("D", cfg.D)}, "D", 0, cfg.D)
+  width = sizes.width(cfg, targets)
   if width < cfg.D:
     keep["keep_D"] = top(scores.width(), width)
+  left = np.arange(len(cfg.blocks))
   if "blocks" in targets:
-    keep["keep_X"] = kept_blocks(cfg, scores, targets["blocks"])
+    keep["keep_X"] = left = kept_blocks(cfg, scores, targets)
   if "layers" in targets:
-    keep["keep_X"] = kept_layers(cfg, scores, targets["layers"])
+    keep["keep_X"] = left = kept_layers(cfg, scores, targets)
+  count = targets.get("noop", 0)
+  by_need = order(scores.get("score_ssm_X")) if sizes.whole(count) and count else ()
+  noop = stay.silent(cfg, targets, left.tolist(), by_need)
   for index in range(len(cfg.blocks)):
-    found = _inside(cfg, scores, targets, index)
+    size = sizes.inside(cfg, targets, index, index in noop)
+    found = _inside(cfg, scores, index, size)
     if found:
       keep[block_name(index)] = found
   return Plan(cfg, scores.meta["parameters"], keep)
