@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hybridlm import config, lazy
-from hybridlm.bind import apply, apply_hidden, apply_taps
+from hybridlm.bind import apply, apply_hidden, apply_taps, language_loss
 from hybridlm.config import ModelConfig
 from hybridlm.decode import loop
 from hybridlm.interop import dispatch
@@ -19,8 +19,7 @@ from hybridlm.nn import serve
 from hybridlm.nn.lm import HybridLM
 from hybridlm.ops.ssd.api import check_segments
 from hybridlm.prune import cut as cutting
-from hybridlm.prune import depth as depths
-from hybridlm.prune import scores as scoring
+from hybridlm.prune import store as stores
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 from hybridlm.prune.trees import check_finite, shared_buffers
@@ -191,24 +190,36 @@ def calibrate(
   estimator: str = "activation",
   axes: str = "HPFDJ",
   depth: str | None = None,
+  window: int | None = None,
+  noop: str | None = None,
   data: str = "",
   seed: int = 0,
+  store: str | os.PathLike | None = None,
+  every: int = 4,
+  place: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Scores:
   """Returns the scores of the given axes and, if asked, of whole blocks.
 
   Args:
     cfg: the model.
     params: its parameters.
-    batches: dicts with `token_BL`, `weight_BL` (1 for real tokens, 0 for padding) and
-      `segment_BL`.
-    estimator: a name of `prune.scores.ESTIMATORS`.
-    axes: letters to score.
-    depth: None, "kl" (leave-one-out KL of the logits) or "influence".
-    data: fingerprint of the batches, kept with the scores.
+    batches: dicts with `token_BL`, `weight_BL` (1 for real tokens, 0 for padding), `segment_BL`
+      and, for estimators that read gradients, `target_BL`.
+    estimator: a name of `prune.scores.ESTIMATORS`, with exceptions by letter: "activation,F=flap".
+    axes: letters to score, of HPGFDJKENV.
+    depth: None, "kl", "mse", "greedy", "influence" or "window": how whole blocks are scored.
+    window: blocks that go together, for depth "window".
+    noop: None, or "kl": what each block loses without its SSM.
+    data: fingerprint of the text, kept with the scores; not of how many batches are drawn.
     seed: of the "random" estimator.
+    store: a file that keeps what is done: an interrupted call goes on, and more batches of the same
+      text extend it.
+    every: batches between saves of the store.
+    place: lays a batch out on the devices; the parameters are taken where they lie.
 
   Raises:
-    ValueError: an unknown name, ids outside the vocabulary, or activations that are not finite.
+    ValueError: an unknown name, an axis that its estimator cannot score, ids outside the
+      vocabulary, activations that are not finite, or a store of another calibration.
 
   >>> scores = hybridlm.calibrate(cfg, params, batches)
   >>> scores.get("01/score_F").shape
@@ -218,21 +229,12 @@ def calibrate(
   batches = list(batches)
   for number, batch in enumerate(batches):
     _check_tokens(cfg, batch["token_BL"], f"calibration batch {number}")
-  taps = functools.partial(apply_taps, cfg)
-  scores = scoring.calibrate(
-    cfg, taps, params, batches, estimator=estimator, letters=axes, data=data, seed=seed
+  model = stores.Model(
+    cfg, params, functools.partial(apply_taps, cfg), functools.partial(apply_hidden, cfg),
+    language_loss(cfg), place,
   )
-  if depth is None:
-    return scores
-  hidden = functools.partial(apply_hidden, cfg)
-  blocks = depths.calibrate(cfg, taps, hidden, params, batches, estimator=depth)
-  weights = (np.asarray(batch["weight_BL"]) for batch in batches)
-  tokens = sum(float(weight_BL.sum()) / weight_BL.shape[1] for weight_BL in weights)
-  if not tokens > 0:
-    raise ValueError("calibration: no batch holds a real token, and depth scores need some")
-  # Estimators without data have weight 1; depth scores always come from the batches.
-  sums = {**scores.sums, "score_X": blocks * np.float32(scores.weight / tokens)}
-  return Scores(sums, scores.weight, {**scores.meta, "depth": depth})
+  spec = stores.Spec(estimator, axes, depth, window, noop, data, seed)
+  return stores.calibrate(model, batches, spec, path=store, every=every)
 
 
 def mask(

@@ -1,106 +1,231 @@
-"""Depth scores: what the model loses with one block less."""
+"""Depth scores: what the model loses with a block less, with several, or without its state."""
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybridlm import axes
 from hybridlm.config import ModelConfig, block_name
 from hybridlm.distill import loss
-from hybridlm.prune.scores import Apply
+from hybridlm.prune.estimators.fold import Apply
 
 Hidden = Callable[[Any, Mapping[str, Any]], tuple[jax.Array, jax.Array]]
-ESTIMATORS = ("kl", "influence")
+Lost = Callable[[np.ndarray, np.ndarray], np.ndarray]
+ESTIMATORS = ("kl", "mse", "greedy", "influence", "window")
+NOOP = ("kl",)
+# Positions whose logits are held at a time, a row.
+_CHUNK = 64
 
 
-def without(params: Mapping[str, Any], index: int) -> dict[str, Any]:
-  """Returns the tree with every leaf of one block zero, so that the block adds nothing."""
-  name = block_name(index)
-  zeros = jax.tree.map(jnp.zeros_like, params["blocks"][name])
-  return {**params, "blocks": {**params["blocks"], name: zeros}}
+def check(cfg: ModelConfig, depth: str | None, window: int | None, noop: str | None) -> None:
+  """Raises unless these are depth estimators of a model.
+
+  Raises:
+    ValueError: an unknown name, a window without a length or a length without a window, or one that
+      leaves no block.
+  """
+  if depth is not None and depth not in ESTIMATORS:
+    raise ValueError(f"depth estimator {depth!r} is not one of {', '.join(ESTIMATORS)}")
+  if noop is not None and noop not in NOOP:
+    raise ValueError(f"no-op estimator {noop!r} is not one of {', '.join(NOOP)}")
+  if (depth == "window") != (window is not None):
+    raise ValueError(f"depth estimator {depth!r} with window={window}: 'window', and no other, "
+                     "takes the number of blocks that go")
+  if window is not None and not 1 <= window < len(cfg.blocks):
+    raise ValueError(f"window={window}: of {len(cfg.blocks)} blocks 1 to {len(cfg.blocks) - 1} "
+                     "can go")
 
 
-@functools.partial(jax.jit, static_argnames="vocabulary")
-def _divergence(full, small, batch, *, vocabulary: int) -> jax.Array:
-  return loss.sums(
-    *small,
-    batch["token_BL"],
-    batch["weight_BL"],
-    teacher_BLD=full[0],
-    teacher_head_DV=full[1],
-    vocabulary=vocabulary,
-  )["kl"]
+def damped(
+  cfg: ModelConfig, params: Mapping[str, Any], stay_X: Any, state_X: Any
+) -> dict[str, Any]:
+  """Returns the tree with every leaf of block i times `stay_X[i]`, those with N also `state_X[i]`.
+
+  A block of zeros adds nothing; one whose leaves with N are zero is its own no-op: y = D x after
+  the convolution, gated and normed.
+  """
+  blocks = {}
+  for index in range(len(cfg.blocks)):
+    folder = params["blocks"][block_name(index)]
+    for name, leaf in folder.items():
+      share = stay_X[index] * (state_X[index] if "N" in axes.of(name) else 1.0)
+      blocks.setdefault(block_name(index), {})[name] = leaf * share.astype(leaf.dtype)
+  return {**params, "blocks": blocks}
 
 
-def leave_one_out_kl(
-  cfg: ModelConfig, hidden: Hidden, params: Mapping[str, Any], batch: Mapping[str, Any]
+def _kl(cfg: ModelConfig, full, small, batch) -> jax.Array:
+  """Returns KL(full || small), summed over each row's real tokens."""
+  def row(full_LD, small_LD, token_L, weight_L):
+    return loss.sums(
+      small_LD[None], small[1], token_L[None], weight_L[None], teacher_BLD=full_LD[None],
+      teacher_head_DV=full[1], vocabulary=cfg.real_vocabulary, chunk=_CHUNK,
+    )["kl"]
+
+  return jax.vmap(row)(full[0], small[0], batch["token_BL"], batch["weight_BL"])
+
+
+def _mse(cfg: ModelConfig, full, small, batch) -> jax.Array:
+  """Returns the mean over D of the squared change of the hidden state, summed over real tokens."""
+  change_BLD = small[0].astype(jnp.float32) - full[0].astype(jnp.float32)
+  return jnp.einsum("BL,BL->B", jnp.square(change_BLD).mean(-1), batch["weight_BL"])
+
+
+LOSSES = {"kl": _kl, "mse": _mse, "greedy": _kl, "window": _kl}
+
+
+def losses(
+  cfg: ModelConfig, hidden: Hidden, name: str
+) -> Callable[[Any, Mapping[str, Any]], Lost]:
+  """Returns `(params, batch) -> lost`, and `lost(stay_X, state_X)` what each row loses: [B].
+
+  One program serves every choice of blocks. Divided by L, sums of rows over their weights are means
+  a token.
+  """
+  whole = jax.jit(hidden)
+
+  @jax.jit
+  def program(params, stay_X, state_X, batch, full):
+    small = hidden(damped(cfg, params, stay_X, state_X), batch)
+    return LOSSES[name](cfg, full, small, batch) / batch["weight_BL"].shape[1]
+
+  def of(params, batch):
+    full = whole(params, batch)
+    return lambda stay_X, state_X: program(
+      params, np.asarray(stay_X, np.float32), np.asarray(state_X, np.float32), batch, full)
+
+  return of
+
+
+def without(cfg: ModelConfig, gone: Sequence[int]) -> np.ndarray:
+  """Returns 1 for each block, 0 for those that go."""
+  stay_X = np.ones(len(cfg.blocks), np.float32)
+  stay_X[list(gone)] = 0.0
+  return stay_X
+
+
+def _each(cfg: ModelConfig, lost: Lost) -> list[Any]:
+  every = without(cfg, [])
+  return [lost(without(cfg, [index]), every) for index in range(len(cfg.blocks))]
+
+
+def _windows(cfg: ModelConfig, lost: Lost, window: int) -> list[Any]:
+  every, count = without(cfg, []), len(cfg.blocks) - window + 1
+  return [lost(without(cfg, range(first, first + window)), every) for first in range(count)]
+
+
+def _silent(cfg: ModelConfig, lost: Lost) -> list[Any]:
+  every, found = without(cfg, []), []
+  for index, block in enumerate(cfg.blocks):
+    found.append(lost(every, without(cfg, [index])) if "N" in block.axes else None)
+  return found
+
+
+def _influence(cfg: ModelConfig, apply: Apply) -> Callable[[Any, Mapping[str, Any]], Any]:
+  """Returns what gives 1 - cos(input, output) of each block, summed over each row's real tokens."""
+  def run(params, batch):
+    taps, found = apply(params, batch, ("in_BLD", "out_BLD")), []
+    for index in range(len(cfg.blocks)):
+      mine = taps[block_name(index)]
+      one, two = (mine[tap].astype(jnp.float32) for tap in ("in_BLD", "out_BLD"))
+      norms = jnp.linalg.norm(one, axis=-1) * jnp.linalg.norm(two, axis=-1)
+      cosine_BL = jnp.einsum("BLD,BLD->BL", one, two) / jnp.maximum(norms, 1e-30)
+      found.append(jnp.einsum("BL,BL->B", 1.0 - cosine_BL, batch["weight_BL"]))
+    return jnp.stack(found, 1) / batch["weight_BL"].shape[1]
+
+  return jax.jit(run)
+
+
+def rows(
+  cfg: ModelConfig, apply: Apply, hidden: Hidden, *, depth: str | None, window: int | None,
+  noop: str | None,
+) -> Callable[[Any, Mapping[str, Any]], dict[str, np.ndarray]]:
+  """Returns `(params, batch) -> {score: [rows, X]}` of the depth estimators that are sums.
+
+  `score_X` is what is lost without a block: the KL of the logits (arXiv 2504.11409, section 3.2),
+  the MSE of the last hidden state (MiniPuzzle, arXiv 2504.03624) or block influence (arXiv 2407.14679, section 2.2).
+  `score_window_X` is what is lost without blocks i to i + window - 1, infinite where they do not
+  fit (arXiv 2408.11796). `score_ssm_X` is what is lost when a block's SSM becomes a no-op, 0 for
+  blocks that have none (Mamba-Shedder, arXiv 2501.17088).
+  """
+  name = depth if depth in LOSSES else "kl"
+  of = losses(cfg, hidden, name)
+  states = of if LOSSES[name] is LOSSES["kl"] else losses(cfg, hidden, "kl")
+  influence = _influence(cfg, apply) if depth == "influence" else None
+
+  def run(params, batch):
+    found: dict[str, Any] = {}
+    lost = of(params, batch) if depth in ("kl", "mse", "window") else None
+    if depth in ("kl", "mse"):
+      found["score_X"] = _each(cfg, lost)
+    if depth == "window":
+      found["score_window_X"] = _windows(cfg, lost, window)
+    if noop:
+      found["score_ssm_X"] = _silent(cfg, lost if lost and states is of else states(params, batch))
+    made = {}
+    for path, values in jax.device_get(found).items():
+      fill = np.full(len(batch["weight_BL"]), np.inf if path == "score_window_X" else 0.0)
+      values = [fill if value is None else value for value in values]
+      made[path] = np.stack([*values, *[fill] * (len(cfg.blocks) - len(values))], 1)
+    if influence is not None:
+      made["score_X"] = jax.device_get(influence(params, batch))
+    return made
+
+  return run
+
+
+def greedy(
+  cfg: ModelConfig,
+  hidden: Hidden,
+  params: Mapping[str, Any],
+  batches: Sequence[Mapping[str, Any]],
+  *,
+  gone: Sequence[int] = (),
+  save: Callable[[list[int]], None] = lambda gone: None,
 ) -> np.ndarray:
-  """Returns, for each block, the sum over tokens of KL(full || without that block), in nats.
+  """Returns the order in which blocks go, one a turn, each time the one whose loss hurts least.
+
+  The score of a block is the number of blocks gone before it: the larger, the longer it stays. As
+  in Nemotron Nano 2 (arXiv 2508.14444), with the KL of the logits for their MSE.
 
   Args:
     cfg: the model.
-    hidden: `(params, batch) -> (hidden_BLD, head_DV)`; jit it, it runs once a block.
+    hidden: `(params, batch) -> (hidden_BLD, head_DV)`.
     params: its parameters.
-    batch: dict with `token_BL`, `weight_BL` and `segment_BL`.
-
-  Source: arXiv 2504.11409, section 3.2.
+    batches: what the loss is measured on in every turn.
+    gone: blocks that an earlier, interrupted run has removed, in order.
+    save: takes the blocks gone so far after every turn.
   """
-
-  batch = {name: jnp.asarray(batch[name]) for name in batch}
-  full = hidden(params, batch)
-  kl = []
-  for index in range(len(cfg.blocks)):
-    small = hidden(without(params, index), batch)
-    kl.append(_divergence(full, small, batch, vocabulary=cfg.real_vocabulary))
-  return np.asarray(jax.device_get(kl), np.float32)
-
-
-def influence(
-  cfg: ModelConfig, apply: Apply, params: Mapping[str, Any], batch: Mapping[str, Any]
-) -> np.ndarray:
-  """Returns, for each block, the sum over tokens of 1 - cos(its input, its output).
-
-  Block influence; arXiv 2407.14679, section 2.2.
-  """
-  taps = apply(params, batch, ("in_BLD", "out_BLD"))
-  found = []
-  for index in range(len(cfg.blocks)):
-    one, two = (taps[block_name(index)][tap].astype(jnp.float32) for tap in ("in_BLD", "out_BLD"))
-    norms = jnp.linalg.norm(one, axis=-1) * jnp.linalg.norm(two, axis=-1)
-    cosine_BL = jnp.einsum("BLD,BLD->BL", one, two) / jnp.maximum(norms, 1e-30)
-    found.append(jnp.sum(batch["weight_BL"] * (1.0 - cosine_BL)))
-  return np.asarray(jax.device_get(found), np.float32)
+  gone, count, of = list(gone), len(cfg.blocks), losses(cfg, hidden, "greedy")
+  every = without(cfg, [])
+  while len(gone) < count:
+    left = [index for index in range(count) if index not in gone]
+    total = np.zeros(len(left), np.float64)
+    for number, batch in enumerate(batches if len(left) > 1 else ()):
+      lost = of(params, batch)
+      found = jax.device_get([lost(without(cfg, [*gone, index]), every) for index in left])
+      for row in np.stack(found, 1).astype(np.float64):
+        total += row
+      finite(number, "score_X", total[None], [*left])
+    gone.append(left[int(np.argmin(total))])
+    save(gone)
+  order_X = np.zeros(count, np.float64)
+  order_X[gone] = np.arange(count)
+  return order_X
 
 
-def calibrate(
-  cfg: ModelConfig,
-  apply: Apply,
-  hidden: Hidden,
-  params: Mapping[str, Any],
-  batches: Iterable[Mapping[str, Any]],
-  *,
-  estimator: str,
-) -> np.ndarray:
-  """Returns sums over calibration rows of a depth score, one a block: sum over tokens / L.
-
-  Divided by the rows' weight (real tokens / L) they are means a token.
+def finite(
+  number: int, path: str, value_BX: np.ndarray, blocks: Sequence[int] | None = None
+) -> None:
+  """Raises where a depth score of a batch is no number; infinity says that a window does not fit.
 
   Raises:
-    ValueError: an estimator of another name, or a score that is not finite.
+    ValueError: names batch and block.
   """
-  if estimator not in ESTIMATORS:
-    raise ValueError(f"depth estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-  total = np.zeros(len(cfg.blocks), np.float32)
-  for number, batch in enumerate(batches):
-    if estimator == "kl":
-      found = leave_one_out_kl(cfg, hidden, params, batch)
-    else:
-      found = influence(cfg, apply, params, batch)
-    if not np.isfinite(found).all():
-      block = int(np.flatnonzero(~np.isfinite(found))[0])
-      raise ValueError(f"calibration batch {number}: depth score of block {block} is not finite")
-    total += found / batch["weight_BL"].shape[1]
-  return total
+  bad = np.isnan(value_BX) if path == "score_window_X" else ~np.isfinite(value_BX)
+  if bad.any():
+    place = int(np.flatnonzero(bad.any(0))[0])
+    block = place if blocks is None else blocks[place]
+    raise ValueError(f"calibration batch {number}: depth score of block {block} is not finite")

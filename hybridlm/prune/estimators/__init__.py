@@ -1,0 +1,1 @@
+"""Estimators: folds of a batch's activations, weights or gradients that say what entries matter."""

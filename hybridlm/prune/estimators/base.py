@@ -1,0 +1,113 @@
+"""What estimators are made of: statistics of one block, row by row, in float32."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hybridlm import axes
+from hybridlm.config import Block
+
+
+class Seen(NamedTuple):
+  """What a statistic may read of one block and the rows of one batch.
+
+  block: the block.  leaves: its parameters; for gradients, weight times gradient of one row.
+  taps: its activations.  weight_BL: 1 for real tokens.  segment_BL: documents of packed rows.
+  """
+
+  block: Block
+  leaves: Mapping[str, jax.Array]
+  taps: Mapping[str, jax.Array] = {}
+  weight_BL: jax.Array | None = None
+  segment_BL: jax.Array | None = None
+
+
+class Moments(NamedTuple):
+  """Mean and sum of squared deviations over the real tokens of each row, by `letters`."""
+
+  mean_B: jax.Array
+  m2_B: jax.Array
+  letters: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+  """One score of one kind of block.
+
+  Attributes:
+    fold: `Seen` -> [B, *letters of the score] (taps), its moments, or [*letters] (weights,
+      gradients of one row).
+    taps: activations it reads.
+  """
+
+  fold: Callable[[Seen], Any]
+  taps: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+  """How a family of scores is measured.
+
+  Attributes:
+    reads: "taps", "weights", "gradients" or "draw".
+    reading: how a score is read off its sums, see `prune.scores.Scores`.
+    statistics: score -> statistic; what is not there it cannot score.
+    about: one line for a list of estimators.
+  """
+
+  reads: str
+  reading: str
+  statistics: Mapping[str, Statistic]
+  about: str
+
+
+def row_statistic(
+  a: Float[Array, "B L ..."], weight_BL: Float[Array, "B L"]
+) -> Float[Array, "B ..."]:
+  """Returns w * (mean over real tokens of |a|)^2 for each row, w = real tokens / L, in float32."""
+  real_B = weight_BL.sum(1)
+  summed = jnp.einsum("bl...,bl->b...", jnp.abs(a.astype(jnp.float32)), weight_BL)
+  scale_B = 1.0 / (jnp.maximum(real_B, 1.0) * weight_BL.shape[1])
+  return jnp.einsum("b...,b->b...", jnp.square(summed), scale_B)
+
+
+def energy(a: Float[Array, "B L ..."], weight_BL: Float[Array, "B L"]) -> Float[Array, "B ..."]:
+  """Returns the sum over real tokens of a^2, over L, for each row in float32."""
+  squared = jnp.square(a.astype(jnp.float32))
+  return jnp.einsum("bl...,bl->b...", squared, weight_BL) / weight_BL.shape[1]
+
+
+def total(w: Any, letters: str, keep: str) -> jax.Array:
+  """Returns an array summed over the letters that `keep` has not, in float32."""
+  return jnp.einsum(f"{letters}->{keep}", jnp.asarray(w, jnp.float32))
+
+
+def owned(leaves: Mapping[str, Any], score: str) -> list[str]:
+  """Returns the projections that an entry of a score owns a part of: those with its letters."""
+  letters = set(axes.of(score))
+  return [name for name in sorted(leaves)
+          if name.startswith("w_") and letters <= set(axes.of(name))]
+
+
+def rotary(block: Block) -> int:
+  """Returns how many channels of a block's heads are turned in pairs by their position."""
+  rope = getattr(block, "rope", None)
+  return 0 if rope is None else rope.rotary or block.E
+
+
+def tie(score_E: Any, turned: int) -> Any:
+  """Returns channel scores (last axis E) with the mean of a pair in both its channels.
+
+  Channel i of the first `turned` is one of a pair with i + turned / 2; neither can stay alone.
+  """
+  half = turned // 2
+  if not half:
+    return score_E
+  mean = (score_E[..., :half] + score_E[..., half:turned]) / 2
+  joined = np if isinstance(score_E, np.ndarray) else jnp
+  return joined.concatenate([mean, mean, score_E[..., turned:]], axis=-1)

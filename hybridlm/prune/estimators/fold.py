@@ -1,0 +1,131 @@
+"""Batches in, statistics of rows out: the programs that run the estimators of a spec."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridlm import axes
+from hybridlm.config import ModelConfig
+from hybridlm.prune.estimators import table
+from hybridlm.prune.estimators.base import Moments, Seen, owned, rotary, tie
+
+Apply = Callable[[Any, Mapping[str, Any], tuple[str, ...]], Mapping[str, Mapping[str, jax.Array]]]
+Loss = Callable[[Any, Any, Mapping[str, Any]], Mapping[str, jax.Array]]
+Rows = dict[str, Any]  # path of a score -> [rows, ...], and of the mean of a variance beside it
+
+
+def _named(path: str, value: Any, block) -> Rows:
+  """Returns a statistic under its path; channels of a rotary pair share theirs."""
+  turned = rotary(block) if path.endswith("score_E") else 0
+  if isinstance(value, Moments):
+    return {path: tie(value.m2_B, turned), f"{path}/mean_{value.letters}": value.mean_B}
+  return {path: tie(value, turned)}
+
+
+def _blocks(cfg: ModelConfig, wanted) -> dict[str, Any]:
+  return {name: cfg.blocks[int(name)] for name in wanted}
+
+
+def taps(cfg: ModelConfig, apply: Apply, chosen: Mapping[str, str]) -> Callable[..., Rows] | None:
+  """Returns the program `(params, batch) -> rows` of the estimators that read activations.
+
+  One forward pass serves them all. None: none was chosen.
+  """
+  wanted = table.asked(cfg, chosen, "taps")
+  blocks = _blocks(cfg, wanted)
+  names = {tap for name, mine in wanted.items() for score, each in mine.items()
+           for tap in each.statistics[score].taps}
+
+  def run(params, batch):
+    found = apply(params, batch, tuple(sorted(names)))
+    rows: Rows = {}
+    for name, mine in wanted.items():
+      seen = Seen(blocks[name], params["blocks"][name], found[name], batch["weight_BL"],
+                  batch.get("segment_BL"))
+      for score, each in mine.items():
+        rows |= _named(f"{name}/{score}", each.statistics[score].fold(seen), blocks[name])
+    return rows
+
+  return jax.jit(run) if wanted else None
+
+
+def gradients(
+  cfg: ModelConfig, loss: Loss | None, chosen: Mapping[str, str]
+) -> Callable[..., Rows] | None:
+  """Returns the program `(params, batch) -> rows` of the estimators that read gradients.
+
+  Rows are taken one after another, so that one gradient is held at a time; a row's loss is the mean
+  over its real tokens, and its statistic is weighted by their share of the row.
+
+  Raises:
+    ValueError: such an estimator was chosen, and there is no loss.
+  """
+  wanted = table.asked(cfg, chosen, "gradients")
+  if not wanted:
+    return None
+  if loss is None:
+    names = sorted({name for name in chosen.values() if table.named(name).reads == "gradients"})
+    raise ValueError(f"estimator {names[0]!r} reads gradients: it needs a loss, and none was given")
+  blocks = _blocks(cfg, wanted)
+
+  def one(params, row):
+    leaves = {name: {leaf: params["blocks"][name][leaf].astype(jnp.float32)
+                     for score in mine for leaf in owned(params["blocks"][name], score)}
+              for name, mine in wanted.items()}
+
+    def mean(leaves):
+      inner = {name: {**folder, **leaves.get(name, {})}
+               for name, folder in params["blocks"].items()}
+      sums = loss({**params, "blocks": inner}, None, row)
+      return sums["loss"] / jnp.maximum(sums["weight"], 1.0)
+
+    products = jax.tree.map(jnp.multiply, leaves, jax.grad(mean)(leaves))
+    share, rows = row["weight_BL"].mean(), {}
+    for name, mine in wanted.items():
+      seen = Seen(blocks[name], products[name])
+      for score, each in mine.items():
+        value = share * each.statistics[score].fold(seen)
+        rows |= _named(f"{name}/{score}", value, blocks[name])
+    return rows
+
+  def run(params, batch):
+    rows = {name: v_BL[:, None] for name, v_BL in batch.items()}
+    return jax.lax.map(lambda row: one(params, row), rows)
+
+  return jax.jit(run)
+
+
+def counts(cfg: ModelConfig, chosen: Mapping[str, str]) -> Callable[..., Rows] | None:
+  """Returns the program `(params, batch) -> rows` of token counts, if V is scored."""
+  if "score_V" not in chosen:
+    return None
+
+  def run(params, batch):
+    def count(token_L, weight_L):
+      return jnp.zeros(cfg.V, jnp.float32).at[token_L].add(weight_L)
+
+    return {"score_V": jax.vmap(count)(batch["token_BL"], batch["weight_BL"])}
+
+  return jax.jit(run)
+
+
+def still(
+  cfg: ModelConfig, params: Mapping[str, Any], chosen: Mapping[str, str], seed: int
+) -> dict[str, np.ndarray]:
+  """Returns the scores that no batch is read for: of weights, and draws."""
+  sums = {}
+  for name, mine in table.asked(cfg, chosen, "weights").items():
+    block = cfg.blocks[int(name)]
+    for score, each in mine.items():
+      value = each.statistics[score].fold(Seen(block, params["blocks"][name]))
+      sums |= _named(f"{name}/{score}", np.asarray(value, np.float64), block)
+  rng = np.random.default_rng(seed)
+  for name, mine in table.asked(cfg, chosen, "draw").items():
+    for score, each in sorted(mine.items()):
+      shape = axes.shape(score, cfg.sizes(int(name)))
+      value = each.statistics[score].fold(rng, shape)
+      sums |= _named(f"{name}/{score}", value, cfg.blocks[int(name)])
+  return sums
