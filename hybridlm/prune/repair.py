@@ -150,7 +150,7 @@ def repair(
       raise ValueError(f"repair: {name}={value!r} is not one of {', '.join(known)}")
   if not 0 < ridge < np.inf:
     raise ValueError(f"repair: ridge={ridge} must be positive")
-  batches = [dict(batch) for batch in batches]
+  batches = [{name: jnp.asarray(batch[name]) for name in batch} for batch in batches]
   if not any(float(np.sum(batch["weight_BL"])) for batch in batches):
     raise ValueError("repair: no batch holds a real token")
   blocks = {block_name(new): block_name(old) for new, old in enumerate(plan.blocks)}
@@ -171,9 +171,14 @@ def repair(
   return params, fits
 
 
-def _total(fold, batches: Sequence[Batch], *params) -> Any:
-  """Returns the float64 sums of what a compiled fold gives for each batch."""
-  fold, total = jax.jit(fold), None
+def _total(fold, batches: Sequence[Batch], blocks: int, *params) -> Any:
+  """Returns the float64 sums of what a fold gives for each batch.
+
+  A fold of all blocks is one program, in which a tap dies as soon as it is summed. Folds of single
+  blocks would be as many programs as blocks: they share that of the whole model instead, which
+  holds the taps of a batch all at once.
+  """
+  fold, total = jax.jit(fold) if blocks > 1 else fold, None
   for batch in batches:
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(fold(*params, batch)))
     total = found if total is None else jax.tree.map(np.add, total, found)
@@ -183,6 +188,7 @@ def _total(fold, batches: Sequence[Batch], *params) -> Any:
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.jit
 def _sums(a_TI, r_TD, t_TD, weight_T) -> Sums:
   """Returns the sums of one batch's rows, in float32."""
   a_TI, r_TD, t_TD = (x.astype(jnp.float32) for x in (a_TI, r_TD, t_TD))
@@ -203,7 +209,8 @@ def _projection(folder: Mapping[str, Any]) -> str:
 def _project(parent, small, batches, blocks, keep_D, target, ridge):
   """Returns the cut model's parameters with these blocks' projections fitted, and the fits."""
   leaves = {name: _projection(small.params["blocks"][name]) for name in blocks}
-  taps = tuple(sorted({PROJECTIONS[leaf][0] for leaf in leaves.values()} | {target, "mix_BLD"}))
+  inputs = {_projection(folder) for folder in small.params["blocks"].values()}
+  taps = tuple(sorted({PROJECTIONS[leaf][0] for leaf in inputs} | {target}))
 
   def fold(params, parent_params, batch):
     mine = small.apply(params, batch, taps)
@@ -217,7 +224,7 @@ def _project(parent, small, batches, blocks, keep_D, target, ridge):
       made[name] = _sums(*rows, weight_T)
     return made
 
-  total = _total(fold, batches, small.params, parent.params)
+  total = _total(fold, batches, len(blocks), small.params, parent.params)
   changed, fits = dict(small.params["blocks"]), {}
   for name, sums in total.items():
     leaf, folder = leaves[name], small.params["blocks"][name]
@@ -242,6 +249,7 @@ def _added(leaf: Any, change: np.ndarray) -> jax.Array:
     leaf.dtype)
 
 
+@jax.jit
 def _factor_sums(mine_BLD, theirs_BLD, weight_BL):
   """Returns the sums that the best factor between two arrays is the quotient of."""
   weight_BL = jnp.asarray(weight_BL, jnp.float32)
@@ -250,7 +258,7 @@ def _factor_sums(mine_BLD, theirs_BLD, weight_BL):
           _einsum("bl,bld,bld->", weight_BL, mine_BLD, mine_BLD))
 
 
-def _scaled(folder: Mapping[str, Any], sums: tuple[np.ndarray, np.ndarray], place: str):
+def _scaled(folder: Mapping[str, Any], sums: tuple[Any, Any], place: str):
   """Returns a folder whose norm gives its output times the best factor; only a positive one."""
   product, square = map(float, sums)
   if not np.isfinite(product) or not np.isfinite(square):
@@ -276,7 +284,7 @@ def _rescale(parent, small, batches, blocks, keep_D):
       for name, old in blocks.items()
     }
 
-  total = _total(fold, batches, small.params, parent.params)
+  total = _total(fold, batches, len(blocks), small.params, parent.params)
   folders = small.params["blocks"]
   changed = {name: _scaled(folders[name], sums, f"block {name}") for name, sums in total.items()}
   return {**small.params, "blocks": {**folders, **changed}}
@@ -290,5 +298,5 @@ def _rescale_final(parent, small, batches, keep_D):
     theirs, _ = parent.hidden(parent_params, batch)
     return _factor_sums(mine, theirs[..., keep_D], batch["weight_BL"])
 
-  sums = _total(fold, batches, small.params, parent.params)
+  sums = _total(fold, batches, 1, small.params, parent.params)
   return {**small.params, "final": _scaled(small.params["final"], sums, "the last norm")}
