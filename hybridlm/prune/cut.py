@@ -221,4 +221,7 @@ def mask(
     ValueError: the plan was made for another model, or `params` is not the config's tree.
   """
   _check_source(cfg, params, plan)
-  return mask_by(cfg, params, stays(plan))
+  return _mask_by(cfg, params, stays(plan))
+
+
+_mask_by = jax.jit(mask_by, static_argnums=0)

@@ -44,7 +44,13 @@ def params(cfg, scale=1.0, seed=0):
       return leaf + jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype)
     return leaf * scale if name.startswith("w_") else leaf
 
-  return jax.tree_util.tree_map_with_path(change, hybridlm.init(cfg, seed=seed))
+  return jax.tree_util.tree_map_with_path(change, drawn(cfg, seed))
+
+
+@functools.cache
+def drawn(cfg, seed=0):
+  """Returns parameters as they are drawn, once for a config."""
+  return hybridlm.init(cfg, seed=seed)
 
 
 def tokens(cfg, shape=(2, 37), seed=1):
@@ -73,9 +79,10 @@ def error(got, want):
 
 
 def permute(cfg, tree, index, letter, order, *, across=False):
-  """Returns the tree with one axis of block `index` (None: D of all) reordered.
+  """Returns the tree with one axis of block `index` (None: D or V of all) reordered.
 
-  H is ordered within each group by `order_GH`; `across` orders all heads of a block at once.
+  An order of two axes, `order_GH`, orders within each group; `across` orders all heads of a block
+  at once.
   """
 
   def change(path, leaf):
@@ -85,7 +92,7 @@ def permute(cfg, tree, index, letter, order, *, across=False):
     if not mine or letter not in letters:
       return leaf
     axis = letters.index(letter)
-    if letter != "H":
+    if not across and np.ndim(order) == 1:
       return jnp.take(leaf, order, axis=axis)
     flat = leaf.reshape(*leaf.shape[: axis - 1], -1, *leaf.shape[axis + 1 :])
     rows = np.arange(flat.shape[axis - 1]).reshape(leaf.shape[axis - 1], -1)
@@ -126,6 +133,6 @@ def plan(cfg, tree, sizes, seed=0):
 def channels(block, size, rng):
   """Returns `size` channels of an attention head, rotary ones by pairs."""
   half = pairs(block)
-  turned = rng.permutation(half)[: -(-half * size // (2 * block.E) // 1) or 1] if half else []
+  turned = rng.permutation(half)[: max(half * size // block.E, 1)] if half else np.arange(0)
   free = 2 * half + rng.permutation(block.E - 2 * half)[: size - 2 * len(turned)]
-  return np.sort([*turned, *(np.asarray(turned, int) + half), *free]).astype(int)
+  return np.sort([*turned, *(turned + half), *free])
