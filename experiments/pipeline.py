@@ -11,6 +11,7 @@ from experiments import (
   pruning,
   report,
   rounds,
+  searching,
   settings,
   stages,
   teaching,
@@ -72,7 +73,7 @@ def _shrink(s: Setup, source: str, prefix: str) -> tuple[list[Stage | None], str
 
 def _search(s: Setup) -> list[Stage]:
   """Returns the stages of the search, where its best is the plan."""
-  return []
+  return searching.stages(s) if s.c.plan.path == settings.SEARCH else []
 
 
 def _distil(s: Setup, teacher: str, small: str, prefix: str) -> Stage:

@@ -100,7 +100,7 @@ class Blockwise:
 
   Attributes:
     widths: choices of D; the parent's alone where D is not searched.
-    options: for each block of the parent its options, what it is now first.
+    options: for each block of the parent its options, the largest sizes first.
     blocks: (fewest, most) blocks that may stay.
     noops: (fewest, most) blocks without SSM.
     parent: the parent's D.
@@ -130,10 +130,17 @@ class Blockwise:
 
   def targets(self, genes: Genes) -> dict[str, Any]:
     """Returns the targets of a candidate; sizes by block, under names that JSON keeps."""
-    found: dict[str, Any] = {}
-    if self.widths[genes[0]] != self.parent:
-      found["D"] = self.widths[genes[0]]
     chosen = [self.options[index][gene] for index, gene in enumerate(genes[1:])]
+    return self._targets(self.widths[genes[0]], chosen)
+
+  def alone(self, index: int, gene: int, width: int | None = None) -> dict[str, Any]:
+    """Returns the targets of the parent with one option in one block, and perhaps another D."""
+    chosen = [Option()] * len(self.options)
+    chosen[index] = self.options[index][gene]
+    return self._targets(self.parent if width is None else self.widths[width], chosen)
+
+  def _targets(self, width: int, chosen: Sequence[Option]) -> dict[str, Any]:
+    found: dict[str, Any] = {} if width == self.parent else {"D": width}
     for index, option in enumerate(chosen):
       for name, size in option.sizes:
         found.setdefault(name, {})[str(index)] = size
