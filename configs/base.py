@@ -171,6 +171,30 @@ def get_config() -> ml_collections.ConfigDict:
   c.search.winner = ml_collections.ConfigDict(
     {name: config_dict.placeholder(int) for name in SEARCHED})
 
+  # What the small model may cost at most, several bounds at once; unset: no bound. Time is that of
+  # this device as measured (`experiments.timings`), or of a named one by its published peaks.
+  c.budget = ml_collections.ConfigDict()
+  c.budget.parameters = config_dict.placeholder(int)
+  for name in ("memory_gib", "prefill_ms", "decode_ms", "tokens_per_second"):
+    c.budget[name] = config_dict.placeholder(float)
+  c.budget.context = 8192  # tokens a sequence
+  c.budget.batch = 1  # sequences
+  c.budget.device = ""  # "" or one of hybridlm/prune/devices.py: "h100", "v5p", ..
+  for name in ("weight_dtype", "kv_dtype", "conv_dtype"):
+    c.budget[name] = config_dict.placeholder(str)  # in memory; unset: the compute dtype
+  c.budget.ssm_dtype = "float32"
+
+  # What the small model must be, whatever it costs.
+  c.rules = ml_collections.ConfigDict()
+  c.rules.divisors = ml_collections.ConfigDict()  # letter, "heads" or "blocks" -> a divisor
+  for name in ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks"):
+    c.rules.divisors[name] = 1
+  c.rules.floors = ()  # (("*", 2),): at least so many blocks of a kind
+  c.rules.conv_multiple = 1  # channels of a convolution; CUDA kernels take multiples of 8
+  c.rules.shards = ()  # numbers of devices that a server must be able to split the model over
+  c.rules.inner_share = 0.0  # heads x channels at least this share of the parent's
+  c.rules.family = config_dict.placeholder(str)  # that must be able to express it; "any"
+
   c.tokenizer = ml_collections.ConfigDict()  # what `experiments.tokenizer` trains
   c.tokenizer.V = 4096
   c.tokenizer.path = "tokenizer.json"

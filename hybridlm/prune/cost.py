@@ -86,7 +86,7 @@ def _block_flops(block: Block, context: int, chunk: int) -> tuple[float, float]:
     last, mean = _seen(block, context)
     width = 4.0 * block.K * block.J * block.E
     return width * mean, width * last
-  conv = 2.0 * getattr(block, "W", 0) * _channels(block)
+  conv = 2.0 * getattr(block, "W", 0) * channels(block)
   if isinstance(block, Mamba):
     inner = block.G * block.H * block.P
     step = 6.0 * inner * block.N
@@ -95,8 +95,8 @@ def _block_flops(block: Block, context: int, chunk: int) -> tuple[float, float]:
   return conv, conv
 
 
-def _channels(block: Block) -> int:
-  """Channels that a block's convolution runs over."""
+def channels(block: Block) -> int:
+  """Returns the channels that a block's convolution runs over; 0: it has none."""
   if not isinstance(block, (Mamba, GatedConv)):
     return 0
   states = 2 * block.G * block.N if isinstance(block, Mamba) else 0
@@ -126,7 +126,7 @@ def _part(block: Block, D: int, norm: str, context: int, chunk: int) -> Part:
   if isinstance(block, Attention):
     kv = 2 * block.K * block.E * _seen(block, context)[0]
   if isinstance(block, (Mamba, GatedConv)):
-    conv = (block.W - 1) * _channels(block)
+    conv = (block.W - 1) * channels(block)
   if isinstance(block, Mamba):
     ssm = block.G * block.H * block.P * block.N
   elements = config.parameters(alone) - _outside(1, D, norm, False)

@@ -33,7 +33,7 @@ def at(value: Any, index: int, absent: Any = None) -> Any:
 
 def wanted(
   targets: Targets, name: str, index: int, parent: int, *, least: int = 1, per: int = 1,
-  rule: str = "",
+  rule: str = "", whose: str = "the parent's",
 ) -> int:
   """Returns the size a block shall have: its own where targets differ by block.
 
@@ -45,6 +45,7 @@ def wanted(
     least: the smallest size there is.
     per: a size other than the parent's must be a multiple of this.
     rule: why, for the message.
+    whose: the parent's size is, for the message.
 
   Raises:
     ValueError: not a whole number, too small, larger than the parent, or not a multiple of `per`.
@@ -54,7 +55,7 @@ def wanted(
   if not whole(value) or value < least:
     raise ValueError(f"{place}: not a whole number of at least {least}")
   if value > parent:
-    raise ValueError(f"{place}: larger than the parent's {parent}")
+    raise ValueError(f"{place}: larger than {whose} {parent}")
   if value % per and value != parent:
     raise ValueError(f"{place}: not a multiple of {rule}")
   return int(value)
@@ -147,7 +148,8 @@ def inside(cfg: ModelConfig, targets: Targets, index: int, noop: bool = False) -
   H = wanted(targets, "H", index, block.H)
   if "heads" in targets:
     rule = f"its {G} groups; every group keeps as many heads"
-    H = wanted(targets, "heads", index, G * block.H, per=G, rule=rule) // G
+    whose = "the parent's" if G == block.G else f"what the parent's {G} groups that stay have:"
+    H = wanted(targets, "heads", index, G * block.H, per=G, rule=rule, whose=whose) // G
   found = {"G": G, "H": H, "P": P}
   if isinstance(block, Mamba):
     found["N"] = 0 if noop else wanted(targets, "N", index, block.N, least=0)
