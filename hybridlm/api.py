@@ -182,6 +182,13 @@ def _check_kept(kept: Mapping[str, Any] | None) -> None:
     raise ValueError(f"kept has the keys {sorted(kept)}, not those that `mask` returns")
 
 
+@functools.cache
+def _bound(cfg: ModelConfig) -> tuple[Callable, Callable, Callable]:
+  """Returns what calibration runs, the same functions every time: programs are kept by them."""
+  taps, hidden = functools.partial(apply_taps, cfg), functools.partial(apply_hidden, cfg)
+  return taps, hidden, language_loss(cfg)
+
+
 def calibrate(
   cfg: ModelConfig,
   params: Mapping[str, Any],
@@ -229,10 +236,7 @@ def calibrate(
   batches = list(batches)
   for number, batch in enumerate(batches):
     _check_tokens(cfg, batch["token_BL"], f"calibration batch {number}")
-  model = stores.Model(
-    cfg, params, functools.partial(apply_taps, cfg), functools.partial(apply_hidden, cfg),
-    language_loss(cfg), place,
-  )
+  model = stores.Model(cfg, params, *_bound(cfg), place)
   spec = stores.Spec(estimator, axes, depth, window, noop, data, seed)
   return stores.calibrate(model, batches, spec, path=store, every=every)
 

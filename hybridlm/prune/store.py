@@ -69,18 +69,20 @@ class Spec:
   data: str = ""
   seed: int = 0
 
+  def chosen(self) -> fold.Chosen:
+    """Returns each score and the estimator that measures it."""
+    return tuple(sorted(table.parse(self.estimator, self.axes).items()))
+
   def reads_batches(self) -> bool:
     """Whether there is anything to read batches for."""
-    chosen = table.parse(self.estimator, self.axes)
-    read = {score for score, name in chosen.items()
+    read = {score for score, name in self.chosen()
             if score == "score_V" or table.named(name).reads in ("taps", "gradients")}
     return bool(read or self.depth or self.noop)
 
   def readings(self) -> dict[str, str]:
     """Returns how scores are read off their sums, see `Scores`."""
-    chosen = table.parse(self.estimator, self.axes)
     found = {score: "count" if score == "score_V" else table.named(name).reading
-             for score, name in chosen.items()}
+             for score, name in self.chosen()}
     return found | ({"score_X": "order"} if self.depth == "greedy" else {})
 
 
@@ -199,7 +201,7 @@ def _packed(batches, named, fresh) -> list[tuple[Batch, list[str]]]:
 
 def _start(model: Model, spec: Spec, key: Mapping[str, Any]) -> Scores:
   """Returns the scores before the first row."""
-  chosen = table.parse(spec.estimator, spec.axes)
+  chosen = spec.chosen()
   turned = {block_name(i): rotary(block) for i, block in enumerate(model.cfg.blocks)}
   meta = {**key, "tokens": 0, "readings": spec.readings(),
           "rotary": {name: count for name, count in turned.items() if count}}
@@ -209,7 +211,7 @@ def _start(model: Model, spec: Spec, key: Mapping[str, Any]) -> Scores:
 
 def _programs(model: Model, spec: Spec) -> list[Callable[..., Mapping[str, Any]]]:
   """Returns what is run on each batch, compiled once each."""
-  cfg, chosen = model.cfg, table.parse(spec.estimator, spec.axes)
+  cfg, chosen = model.cfg, spec.chosen()
   made = [fold.taps(cfg, model.apply, chosen), fold.gradients(cfg, model.loss, chosen),
           fold.counts(cfg, chosen)]
   if spec.depth not in (None, "greedy") or spec.noop:
@@ -228,8 +230,7 @@ def _check(number: int, found: Mapping[str, np.ndarray]) -> None:
 
 def _needs(model: Model, spec: Spec, batches: Sequence[Batch]) -> None:
   """Raises where data are asked for that batches do not hold."""
-  chosen = table.parse(spec.estimator, spec.axes)
-  for name in chosen.values():
+  for _, name in spec.chosen():
     missing = [n for n, batch in enumerate(batches) if "target_BL" not in batch]
     if table.named(name).reads == "gradients" and missing:
       raise ValueError(f"estimator {name!r} reads gradients of the loss: batch {missing[0]} has no "

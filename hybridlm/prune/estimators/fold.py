@@ -1,5 +1,6 @@
 """Batches in, statistics of rows out: the programs that run the estimators of a spec."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from hybridlm.prune.estimators.base import Moments, Seen, owned, rotary, tie
 
 Apply = Callable[[Any, Mapping[str, Any], tuple[str, ...]], Mapping[str, Mapping[str, jax.Array]]]
 Loss = Callable[[Any, Any, Mapping[str, Any]], Mapping[str, jax.Array]]
+Chosen = tuple[tuple[str, str], ...]  # score and name, from `table.parse`
 Rows = dict[str, Any]  # path of a score -> [rows, ...], and of the mean of a variance beside it
 
 
@@ -29,12 +31,14 @@ def _blocks(cfg: ModelConfig, wanted) -> dict[str, Any]:
   return {name: cfg.blocks[int(name)] for name in wanted}
 
 
-def taps(cfg: ModelConfig, apply: Apply, chosen: Mapping[str, str]) -> Callable[..., Rows] | None:
+# Programs are kept, so that calibrations of one config and spec compile once.
+@functools.lru_cache(maxsize=16)
+def taps(cfg: ModelConfig, apply: Apply, chosen: Chosen) -> Callable[..., Rows] | None:
   """Returns the program `(params, batch) -> rows` of the estimators that read activations.
 
   One forward pass serves them all. None: none was chosen.
   """
-  wanted = table.asked(cfg, chosen, "taps")
+  wanted = table.asked(cfg, dict(chosen), "taps")
   blocks = _blocks(cfg, wanted)
   names = {tap for name, mine in wanted.items() for score, each in mine.items()
            for tap in each.statistics[score].taps}
@@ -52,8 +56,9 @@ def taps(cfg: ModelConfig, apply: Apply, chosen: Mapping[str, str]) -> Callable[
   return jax.jit(run) if wanted else None
 
 
+@functools.lru_cache(maxsize=16)
 def gradients(
-  cfg: ModelConfig, loss: Loss | None, chosen: Mapping[str, str]
+  cfg: ModelConfig, loss: Loss | None, chosen: Chosen
 ) -> Callable[..., Rows] | None:
   """Returns the program `(params, batch) -> rows` of the estimators that read gradients.
 
@@ -63,11 +68,11 @@ def gradients(
   Raises:
     ValueError: such an estimator was chosen, and there is no loss.
   """
-  wanted = table.asked(cfg, chosen, "gradients")
+  wanted = table.asked(cfg, dict(chosen), "gradients")
   if not wanted:
     return None
   if loss is None:
-    names = sorted({name for name in chosen.values() if table.named(name).reads == "gradients"})
+    names = sorted({name for _, name in chosen if table.named(name).reads == "gradients"})
     raise ValueError(f"estimator {names[0]!r} reads gradients: it needs a loss, and none was given")
   blocks = _blocks(cfg, wanted)
 
@@ -98,9 +103,10 @@ def gradients(
   return jax.jit(run)
 
 
-def counts(cfg: ModelConfig, chosen: Mapping[str, str]) -> Callable[..., Rows] | None:
+@functools.lru_cache(maxsize=16)
+def counts(cfg: ModelConfig, chosen: Chosen) -> Callable[..., Rows] | None:
   """Returns the program `(params, batch) -> rows` of token counts, if V is scored."""
-  if "score_V" not in chosen:
+  if "score_V" not in dict(chosen):
     return None
 
   def run(params, batch):
@@ -113,17 +119,17 @@ def counts(cfg: ModelConfig, chosen: Mapping[str, str]) -> Callable[..., Rows] |
 
 
 def still(
-  cfg: ModelConfig, params: Mapping[str, Any], chosen: Mapping[str, str], seed: int
+  cfg: ModelConfig, params: Mapping[str, Any], chosen: Chosen, seed: int
 ) -> dict[str, np.ndarray]:
   """Returns the scores that no batch is read for: of weights, and draws."""
   sums = {}
-  for name, mine in table.asked(cfg, chosen, "weights").items():
+  for name, mine in table.asked(cfg, dict(chosen), "weights").items():
     block = cfg.blocks[int(name)]
     for score, each in mine.items():
       value = each.statistics[score].fold(Seen(block, params["blocks"][name]))
       sums |= _named(f"{name}/{score}", np.asarray(value, np.float64), block)
   rng = np.random.default_rng(seed)
-  for name, mine in table.asked(cfg, chosen, "draw").items():
+  for name, mine in table.asked(cfg, dict(chosen), "draw").items():
     for score, each in sorted(mine.items()):
       shape = axes.shape(score, cfg.sizes(int(name)))
       value = each.statistics[score].fold(rng, shape)
