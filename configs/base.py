@@ -77,9 +77,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.teacher.path = ""
 
   c.calibrate = ml_collections.ConfigDict()
+  # A name, or one with exceptions by letter: "activation,F=flap,N=ghost" (docs/estimators.md).
   c.calibrate.estimator = "activation"
-  c.calibrate.axes = "HPFDJ"
-  c.calibrate.depth = config_dict.placeholder(str)  # "kl" or "influence" also scores whole blocks
+  c.calibrate.axes = "HPFDJ"  # letters of HPGFDJKENV
+  # "kl", "mse", "greedy", "influence" or "window" also scores whole blocks.
+  c.calibrate.depth = config_dict.placeholder(str)
+  c.calibrate.window = config_dict.placeholder(int)  # blocks that go together, for "window"
+  c.calibrate.noop = config_dict.placeholder(str)  # "kl" also scores blocks without their SSM
+  c.calibrate.save_every = 4  # batches between saves of what is done
   c.calibrate.split = "train"
   c.calibrate.batches = 16
   c.calibrate.batch = 8

@@ -3,9 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
-import hybridlm
 from experiments import (
-  artefacts,
+  calibration,
   cli,
   outcome,
   pruning,
@@ -17,7 +16,7 @@ from experiments import (
   teaching,
 )
 from experiments.settings import Setup
-from experiments.stages import Inputs, Stage
+from experiments.stages import Stage
 
 
 def build(s: Setup) -> list[Stage]:
@@ -61,7 +60,7 @@ def _shrink(s: Setup, source: str, prefix: str) -> tuple[list[Stage | None], str
     source: the stage whose model is scored and cut.
     prefix: of a round, such as "round1_".
   """
-  scored, planned = _calibrate(s), pruning.plan(s)
+  scored, planned = calibration.stage(s), pruning.plan(s)
   # A manifest that is replayed needs no scores: a wrong one is found before they are computed.
   replayed = s.c.plan.path and s.c.plan.path != settings.SEARCH
   first = [planned, scored] if replayed else [scored, *_search(s), planned]
@@ -93,25 +92,6 @@ def until(made: Sequence[Stage], *names: str) -> list[Stage]:
     if stage.name in wanted:
       wanted |= set(stage.needs)
   return [stage for stage in made if stage.name in wanted]
-
-
-def _calibrate(s: Setup) -> Stage:
-  run = s.c.calibrate
-  fingerprint = s.held_out_data(s.inside, run.split, run, run.batches)
-
-  def calibrate(folder: pathlib.Path, inputs: Inputs) -> None:
-    cfg, params = artefacts.load_model(inputs["teacher"])
-    scores = hybridlm.calibrate(
-      cfg, params, s.held_out(s.inside, run.split, run, run.batches), estimator=run.estimator,
-      axes=run.axes, depth=run.depth, data=fingerprint, seed=s.c.seed,
-    )
-    scores.save(folder / "scores.npz")
-
-  values = {
-    "estimator": run.estimator, "axes": run.axes, "depth": run.depth, "data": fingerprint,
-    "seed": s.c.seed,
-  }
-  return Stage("calibrate", values, calibrate, needs=("teacher",))
 
 
 def dry_run(s: Setup, made: list[Stage], workdir: pathlib.Path) -> str:
