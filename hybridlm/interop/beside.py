@@ -12,7 +12,7 @@ from hybridlm.interop.folders import clip
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 FILES = (
   TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-  "tokenizer.model", "added_tokens.json", "chat_template.jinja", GENERATION,
+  "tokenizer.model", "added_tokens.json", "chat_template.jinja", "remap.json", GENERATION,
 )
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from hybridlm import axes, config, lazy
-from hybridlm.config import Mamba, ModelConfig
+from hybridlm.config import GatedConv, Mamba, ModelConfig
 from hybridlm.interop import beside, folders, layout, safetensors
 from hybridlm.interop.families import FAMILIES, fields, table
 from hybridlm.interop.families.table import Family
@@ -174,6 +174,8 @@ def describe(cfg: ModelConfig, family: str | None = None) -> tuple[str, dict[str
   name = next((each for each in names if not found[each]), None)
   if name is None and family is not None:
     raise ValueError(f"family {family} cannot express this model: {_listed(found[names[0]])}")
+  if name is None and len({tuple(each) for each in found.values()}) == 1:
+    raise ValueError(f"no family can express this model: {_listed(found[names[0]])}")
   if name is None:
     firsts = "; ".join(f"{each}: {_listed(found[each][:2])}" for each in names)
     raise ValueError(f"no family can express this model: {firsts}")
@@ -321,8 +323,9 @@ def serving_notes(cfg: ModelConfig) -> list[str]:
   legal = sorted(set.intersection(*(set(each) for each in counts)))
   notes = [f"tensor parallel sizes this shape allows: {', '.join(map(str, legal))}"]
   for index, block in enumerate(cfg.blocks):
-    if isinstance(block, Mamba):
-      channels = block.G * (block.H * block.P + 2 * block.N)
+    if isinstance(block, Mamba | GatedConv):
+      states = block.N if isinstance(block, Mamba) else 0
+      channels = block.G * (block.H * block.P + 2 * states)
       if channels % MULTIPLE:
         notes.append(
           f"block {index} has {channels} convolution channels, CUDA kernels of Mamba-2 need a "
@@ -333,7 +336,7 @@ def serving_notes(cfg: ModelConfig) -> list[str]:
 
 def _shard_counts(block: config.Block) -> Iterator[int]:
   for count in range(1, SHARDS + 1):
-    if isinstance(block, Mamba):
+    if isinstance(block, Mamba | GatedConv):
       fits = block.G * block.H % count == 0 and (block.G == 1 or block.G % count == 0)
     elif isinstance(block, config.Attention):
       fits = block.K * block.J % count == 0 and (block.K % count == 0 or count % block.K == 0)

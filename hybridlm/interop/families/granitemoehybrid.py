@@ -78,7 +78,7 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _limits(cfg: ModelConfig) -> list[str]:
-  return whole_expansion(cfg) + [
+  return whole_expansion(cfg) + rotary.reasons(cfg) + [
     f"block {index} turns {mixer.rope.rotary} of {mixer.E} channels, the class all or none"
     for index, mixer in enumerate(cfg.blocks)
     if isinstance(mixer, Attention) and mixer.rope and (mixer.rope.rotary or mixer.E) != mixer.E

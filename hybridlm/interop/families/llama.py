@@ -57,12 +57,12 @@ def limits(cfg: ModelConfig) -> list[str]:
 
 
 def rotary_reasons(cfg: ModelConfig) -> list[str]:
-  """Returns a reason for every attention block without rotary positions."""
+  """Returns a reason for every attention block without rotary positions, or with odd ones."""
   return [
     f"block {index} has no rotary positions, the class always turns heads"
     for index, mixer in enumerate(cfg.blocks)
     if isinstance(mixer, Attention) and mixer.rope is None
-  ]
+  ] + rotary.reasons(cfg)
 
 
 FAMILY = Family(

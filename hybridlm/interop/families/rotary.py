@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
-from hybridlm.config import Llama3Scaling, Rope
+from hybridlm.config import Attention, Llama3Scaling, ModelConfig, Rope
 from hybridlm.interop.families.fields import Fields
 
 LLAMA3 = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"}
 ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
+# How far frequencies may be from a geometric series, as a share of each: less than float32 rounds.
+CLOSE = 1e-9
 
 
 def read(fields: Fields, width: int, *, partial: float, fixed: bool = False) -> Rope:
@@ -44,9 +46,33 @@ def read(fields: Fields, width: int, *, partial: float, fixed: bool = False) -> 
   return Rope(base=base, rotary=None if rotary == width else rotary, scaling=scaling)
 
 
+def theta(rope: Rope) -> float | None:
+  """Returns the base whose frequencies these rotary positions have; None where there is none.
+
+  Pairs that were kept of a wider head have one where they are evenly spaced from the first on.
+  """
+  if rope.frequency is None:
+    return float(rope.base)
+  count, slowest = len(rope.frequency), rope.frequency[-1]
+  base = float(rope.base) if count == 1 else slowest ** (-count / (count - 1))
+  series = Rope(base=base, rotary=2 * count).frequencies(2 * count)
+  near = (math.isclose(*pair, rel_tol=CLOSE) for pair in zip(rope.frequency, series, strict=True))
+  return base if all(near) else None
+
+
+def reasons(cfg: ModelConfig) -> list[str]:
+  """Returns a reason for every attention block whose pairs turn as no single base makes them."""
+  return [
+    f"block {index} keeps {len(block.rope.frequency)} pairs of rotary positions that are no "
+    "geometric series from 1 on, the class knows one rope_theta"
+    for index, block in enumerate(cfg.blocks)
+    if isinstance(block, Attention) and block.rope and theta(block.rope) is None
+  ]
+
+
 def describe(rope: Rope, width: int, *, partial: bool) -> dict[str, Any]:
   """Returns `rope_parameters`; `partial` families state the share of channels that turns."""
-  found: dict[str, Any] = {"rope_type": "default", "rope_theta": float(rope.base)}
+  found: dict[str, Any] = {"rope_type": "default", "rope_theta": theta(rope)}
   if rope.scaling is not None:
     numbers = {theirs: getattr(rope.scaling, ours) for ours, theirs in LLAMA3.items()}
     found |= {"rope_type": "llama3", ORIGINAL: rope.scaling.context, **numbers}

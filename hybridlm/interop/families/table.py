@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridlm import axes, config
 from hybridlm.blocks import Block
-from hybridlm.config import Mamba, ModelConfig
+from hybridlm.config import GatedConv, Mamba, ModelConfig
 from hybridlm.interop.families.fields import Fields
 from hybridlm.interop.layout import Piece
 
@@ -85,6 +85,12 @@ def sizes(cfg: ModelConfig, ours: str) -> dict[str, int]:
 
 def reasons(family: Family, cfg: ModelConfig) -> list[str]:
   """Returns every reason why a family's class cannot express a model; nothing if it can."""
+  stateless = [index for index, each in enumerate(cfg.blocks) if isinstance(each, GatedConv)]
+  if stateless:
+    return [
+      f"block {stateless[0]} is a Mamba mixer without its state (a gated convolution), no "
+      "published class has such a block"
+    ]
   found = []
   if family.describe is None:
     found.append("this layout is only read")
