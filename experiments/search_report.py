@@ -16,6 +16,7 @@ AXES = {
   "prefill_seconds": ("prefill, ms", 1e-3), "decode_seconds": ("a decoding step, ms", 1e-3),
 }
 PLAIN, FRONT, BEST = "#a0aec0", "#2b6cb0", "#dd6b20"
+WORDS = {"kl": "KL", "ce": "cross-entropy"}
 ORIGINS = {"milp": "programme", "evolve": "evolution"}
 
 
@@ -142,7 +143,7 @@ def pareto(
   some = next(iter(records.values()))
   names = [name for name in AXES if some[name] is not None]
   rows: list[tuple[str, Mapping[str, float], Iterable[str]]] = [
-    (f"{found['ranked']}, masked", {key: r[found["ranked"]] for key, r in records.items()},
+    (f"{WORDS[found['ranked']]}, masked", {key: r[found["ranked"]] for key, r in records.items()},
      found["front"]["masked"]),
   ]
   if rungs:
@@ -158,6 +159,8 @@ def pareto(
       _panel(ax, {key: (records[key][name] / AXES[name][1], loss) for key, loss in losses.items()},
              set(front), found["winner"], rivals)
       ax.set_xlabel(AXES[name][0])
+      ax.ticklabel_format(useOffset=False)
+      ax.locator_params(nbins=4)
     line[0].set_ylabel(f"{label}, nats")
   grid[0][0].legend(fontsize=7, frameon=False)
   figure.savefig(path, dpi=120, bbox_inches="tight")
