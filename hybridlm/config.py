@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybridlm import axes
+from hybridlm import axes, presets
 from hybridlm.blocks import (
   KINDS,
   Attention,
@@ -266,43 +266,6 @@ def check(cfg: ModelConfig, params: Mapping[str, Any]) -> None:
       )
 
 
-def _nemotron(pattern: str, *, D: int, F: int, J: int, H: int, P: int = 64, N: int = 128):
-  """Nemotron-H and its successors: 8 SSM groups, 8 key-value heads of width 128, no RoPE."""
-  return ModelConfig.from_pattern(
-    pattern,
-    V=131072,
-    D=D,
-    F=F,
-    K=8,
-    J=J,
-    E=128,
-    G=8,
-    H=H,
-    P=P,
-    N=N,
-    dtype="bfloat16",
-    dt_limits=(0.001, math.inf),
-    remat="block",
-  )
-
-
-_LAYERS_52 = "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-"
-_LAYERS_118 = "M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-"
-_LAYERS_98 = (
-  "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-"
-  "M-M-M-M-M-"
-)
-_LAYERS_62 = "M-M-M-M*-" * 6 + "M-M-M-M-"
-_LAYERS_56 = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
-_LAYERS_42 = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
-
-# Patterns and sizes: arXiv 2504.03624, 2504.11409, 2508.14444 and the published configurations.
 PRESETS: Mapping[str, ModelConfig] = {
-  "nemotron_h_8b": _nemotron(_LAYERS_52, D=4096, F=21504, J=4, H=16),
-  "nemotron_h_4b": _nemotron(_LAYERS_52, D=3072, F=12288, J=4, H=14),
-  "nemotron_h_47b": _nemotron(_LAYERS_98, D=8192, F=30720, J=8, H=32, N=256),
-  "nemotron_h_56b": _nemotron(_LAYERS_118, D=8192, F=32768, J=8, H=32, N=256),
-  "nemotron_nano_2_12b": _nemotron(_LAYERS_62, D=5120, F=20480, J=5, H=16, P=80),
-  "nemotron_nano_2_9b": _nemotron(_LAYERS_56, D=4480, F=15680, J=5, H=16, P=80),
-  "nemotron_3_nano_4b": _nemotron(_LAYERS_42, D=3136, F=12544, J=5, H=12, P=80),
+  name: ModelConfig.from_pattern(**sizes) for name, sizes in presets.SIZES.items()
 }

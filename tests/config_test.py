@@ -19,6 +19,12 @@ PUBLISHED = {
   "nemotron_nano_2_12b": 12_310_001_152,
   "nemotron_nano_2_9b": 8_888_227_328,
   "nemotron_3_nano_4b": 3_973_556_832,
+  "nemotron_4_15b": 15_628_775_424,
+  "minitron_8b": 8_271_699_968,
+  "minitron_4b": 4_190_509_056,
+  "mamba2_1p3b": 1_343_757_312,
+  "mamba2_780m": 780_161_280,
+  "llama_3p1_8b": 8_030_261_248,
 }
 
 
@@ -29,6 +35,7 @@ def test_presets_have_the_published_number_of_parameters(name):
 
 def test_presets_are_exactly_the_published_family():
   assert set(config.PRESETS) == set(PUBLISHED)
+  assert config.PRESETS["mamba2_1p3b"].real_vocabulary == 50277
   depth = {name: len(cfg.blocks) for name, cfg in config.PRESETS.items()}
   assert depth["nemotron_h_8b"] == 52 and depth["nemotron_nano_2_9b"] == 56
   assert config.PRESETS["nemotron_h_47b"].pattern.count("*") == 5

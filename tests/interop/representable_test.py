@@ -89,11 +89,13 @@ def test_a_published_vocabulary_has_no_padded_rows():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_a_nemotron_h_that_eight_devices_can_serve(preset):
-  assert huggingface.describe(PRESETS[preset])[0] == "nemotron_h"
-  assert huggingface.serving_notes(PRESETS[preset]) == [
-    "tensor parallel sizes this shape allows: 1, 2, 4, 8"
-  ]
+def test_every_preset_is_of_its_family_and_eight_devices_can_serve_it(preset):
+  dense = {"nemotron_4_15b": "nemotron", "minitron_8b": "nemotron", "minitron_4b": "nemotron",
+           "mamba2_1p3b": "mamba2", "mamba2_780m": "mamba2", "llama_3p1_8b": "llama"}
+  assert huggingface.describe(PRESETS[preset])[0] == dense.get(preset, "nemotron_h")
+  note, = huggingface.serving_notes(PRESETS[preset])
+  sizes = note.removeprefix("tensor parallel sizes this shape allows: ").split(", ")
+  assert {"1", "2", "4", "8"} <= set(sizes)
 
 
 def test_shards_divide_groups_unless_there_is_one_and_heads_always():
