@@ -18,6 +18,7 @@ BOUNDS: Mapping[str, tuple[str, bool]] = {
 }
 TIMED = ("prefill_seconds", "decode_seconds", "tokens_per_second")
 Source = Device | latency.Table | None
+Number = int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Budget:
         costs.nbytes(1, getattr(self, name))
 
   @property
-  def bounds(self) -> dict[str, float]:
+  def bounds(self) -> dict[str, Number]:
     """The bounds that are set, by name."""
     found = {name: getattr(self, name) for name in BOUNDS}
     return {name: bound for name, bound in found.items() if bound is not None}
@@ -114,7 +115,7 @@ def _whole(name: str, value: Any, *, least: int = 1) -> None:
     raise ValueError(f"rules: {name}={value!r} must be a whole number of at least {least}")
 
 
-def say(name: str, value: float) -> str:
+def say(name: str, value: Number) -> str:
   """Returns a bound or a measured value as a reader takes it: `parameters 4,489,000,000`."""
   unit, _ = BOUNDS[name]
   if name == "memory_bytes":
@@ -123,7 +124,7 @@ def say(name: str, value: float) -> str:
   return f"{name.removesuffix('_seconds').replace('_', ' ')} {text}{unit}"
 
 
-def measures(cfg: ModelConfig, budget: Budget, source: Source = None) -> dict[str, float]:
+def measures(cfg: ModelConfig, budget: Budget, source: Source = None) -> dict[str, Number]:
   """Returns what a model costs in each unit that a budget bounds.
 
   Args:
@@ -136,7 +137,7 @@ def measures(cfg: ModelConfig, budget: Budget, source: Source = None) -> dict[st
   """
   asked = budget.bounds
   place = {"context": budget.context, "batch": budget.batch}
-  found: dict[str, float] = {}
+  found: dict[str, Number] = {}
   if asked.keys() & set(TIMED) and source is None:
     name = next(name for name in TIMED if name in asked)
     raise ValueError(f"budget: {name} needs timings or a device")
@@ -152,7 +153,7 @@ def measures(cfg: ModelConfig, budget: Budget, source: Source = None) -> dict[st
   return {name: found[name] for name in asked}
 
 
-def excess(name: str, value: float, bound: float) -> float:
+def excess(name: str, value: Number, bound: Number) -> float:
   """Returns how far a value is beyond its bound, as a factor: above 1 it breaks it."""
   return bound / value if BOUNDS[name][1] else value / bound
 

@@ -12,6 +12,7 @@ accumulation).
 from collections.abc import Mapping
 from typing import NamedTuple
 
+Rate = int | float
 PASSES = 6  # bfloat16 products that make a float32 one on a TPU
 
 
@@ -39,13 +40,13 @@ class Device(NamedTuple):
     return self.flops[dtype]
 
 
-def _gpu(bfloat16: float, float32: float, bandwidth: float, memory: float) -> Device:
+def _gpu(bfloat16: Rate, float32: Rate, bandwidth: Rate, memory: Rate) -> Device:
   """A GPU: TFLOP/s, GB/s and GB."""
   flops = {"bfloat16": bfloat16 * 1e12, "float16": bfloat16 * 1e12, "float32": float32 * 1e12}
   return Device(flops, bandwidth * 1e9, memory * 1e9)
 
 
-def _tpu(bfloat16: float, bandwidth: float, memory: float) -> Device:
+def _tpu(bfloat16: Rate, bandwidth: Rate, memory: Rate) -> Device:
   """A TPU chip: TFLOP/s, GB/s and bytes."""
   flops = {"bfloat16": bfloat16 * 1e12, "float32": bfloat16 * 1e12 / PASSES}
   return Device(flops, bandwidth * 1e9, memory)
