@@ -8,6 +8,10 @@ import pytest
 import hybridlm
 from cases import models
 from hybridlm import api, axes, config
+from hybridlm.config import GatedConv, Rope
+from hybridlm.nn import mamba
+from hybridlm.ops.ssd.api import ssd
+from hybridlm.prune.plan import pairs
 
 
 @pytest.mark.parametrize("variant", models.VARIANTS)
@@ -73,7 +77,9 @@ def test_packed_documents_equal_the_same_documents_one_by_one(variant):
   assert models.error(packed, hybridlm.forward(cfg, params, token_BL)[0]) > 1e-3
 
 
-ORDERS = [("F", 1), ("J", 3), ("K", 3), ("P", 0), ("N", 0), ("H", 0), ("G", 2), ("D", None)]
+ORDERS = [
+  ("F", 1), ("J", 3), ("K", 3), ("E", 3), ("P", 0), ("N", 0), ("H", 0), ("G", 2), ("D", None),
+]
 
 
 @pytest.mark.parametrize("variant", models.VARIANTS)
@@ -87,8 +93,11 @@ def test_permuting_a_prunable_axis_changes_nothing(variant, letter, index):
   order = rng.permutation(size)
   while (order == np.arange(size)).all():
     order = rng.permutation(size)
-  if letter == "H":
+  if letter in "HNJ":  # of each group its own
     order = np.stack([order, order[::-1]])
+  turned = 2 * pairs(cfg.blocks[3])
+  if letter == "E" and turned:
+    order = np.concatenate([np.arange(turned), turned + rng.permutation(size - turned)])
   moved = models.permute(cfg, params, index, letter, order)
   changed = [
     path
@@ -98,6 +107,53 @@ def test_permuting_a_prunable_axis_changes_nothing(variant, letter, index):
   assert changed
   want = hybridlm.forward(cfg, params, token_BL)
   assert models.error(hybridlm.forward(cfg, moved, token_BL), want) < 1e-5
+
+
+def test_permuting_rotary_pairs_with_their_frequencies_changes_nothing():
+  order = np.array([2, 0, 1])
+  kept = Rope(rotary=6, frequency=(1.0, 0.3, 0.01))
+  moved = Rope(rotary=6, frequency=tuple(np.array(kept.frequency)[order].tolist()))
+  cfg = models.make(rope=kept)
+  params, token_BL = models.params(cfg, 5.0), models.tokens(cfg)
+  channels = np.concatenate([order, order + 3, np.arange(6, 10)])
+  tree = models.permute(cfg, params, 3, "E", channels)
+  want = hybridlm.forward(cfg, params, token_BL)
+  got = hybridlm.forward(models.make(rope=moved), tree, token_BL)
+  assert models.error(got, want) < 1e-5
+  assert models.error(hybridlm.forward(cfg, tree, token_BL), want) > 1e-4
+
+
+@pytest.mark.parametrize("variant", ["untied", "tied"])
+def test_permuting_the_vocabulary_renames_tokens_and_nothing_else(variant):
+  cfg = models.make(variant)
+  params, token_BL = models.params(cfg, 5.0), models.tokens(cfg)
+  order = np.random.default_rng(3).permutation(cfg.V)
+  moved = models.permute(cfg, params, None, "V", order)
+  want = hybridlm.forward(cfg, params, token_BL)[..., order]
+  got = hybridlm.forward(cfg, moved, jnp.argsort(jnp.asarray(order))[token_BL])
+  assert models.error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("conv_bias", [True, False])
+def test_a_gated_convolution_is_a_mamba_block_whose_state_takes_nothing_in(conv_bias):
+  cfg = models.make(pattern="M-", conv_bias=conv_bias, W=3)
+  params = models.params(cfg, 5.0)
+  folder = params["blocks"]["00"]
+  block = GatedConv(G=2, H=4, P=6, W=3, conv_bias=conv_bias)
+  small = cfg.replace(blocks=(block, cfg.blocks[1]))
+  leaves = {name: folder[name] for name in config.leaf_names(small)["blocks"]["00"]}
+  batch = models.batches(cfg, 1)[0]
+  ids = (batch["token_BL"], batch["segment_BL"])
+  silent = {**folder, "w_b_DGN": folder["w_b_DGN"] * 0}
+  silent |= {name: folder[name] * 0 for name in folder if name == "conv_bias_b_GN"}
+
+  def logits(cfg, folder):
+    return hybridlm.forward(cfg, {**params, "blocks": {**params["blocks"], "00": folder}}, *ids)
+
+  want = logits(cfg, silent)
+  assert models.error(logits(small, leaves), want) < 1e-6
+  assert models.error(logits(cfg, folder), want) > 1e-4
+  assert small == hybridlm.ModelConfig.from_dict(small.to_dict()) and small.pattern == "C-"
 
 
 def test_moving_a_head_to_another_group_changes_the_logits():
@@ -125,6 +181,9 @@ def test_taps_are_what_was_asked_for_and_the_residual_adds_up():
   assert set(taps["01"]) == {"in_BLD", "out_BLD", "act_BLF"}
   np.testing.assert_array_equal(taps["00"]["out_BLD"], taps["01"]["in_BLD"])
   np.testing.assert_array_equal(taps["00"]["in_BLD"], params["embed"]["w_embed_VD"][token_BL])
+  _, mixed = api.apply(cfg, params, token_BL, taps=("mix_BLD", "in_BLD", "out_BLD"))
+  for seen in mixed.values():
+    np.testing.assert_allclose(seen["in_BLD"] + seen["mix_BLD"], seen["out_BLD"], atol=1e-6)
   added = jnp.einsum("blf,fd->bld", taps["01"]["act_BLF"], params["blocks"]["01"]["w_down_FD"])
   np.testing.assert_allclose(taps["01"]["in_BLD"] + added, taps["01"]["out_BLD"], atol=1e-6)
   assert api.apply(cfg, params, token_BL)[1] == {f"{i:02d}": {} for i in range(5)}
@@ -174,3 +233,24 @@ def test_an_empty_row_is_refused():
   cfg = models.make()
   with pytest.raises(ValueError, match=r"shape \(1, 0\)"):
     hybridlm.forward(cfg, models.params(cfg), jnp.zeros((1, 0), jnp.int32))
+
+
+def test_taps_of_the_mixers_are_what_their_last_step_is_made_of():
+  cfg = models.make("layernorm", window=None)
+  params, token_BL = models.params(cfg, 5.0), models.tokens(cfg, (1, 11))
+  names = ("u_BLGHP", "b_BLGN", "c_BLGN", "dt_BLGH", "y_BLGHP", "z_BLGHP", "q_BLKJE", "k_BLKE",
+           "v_BLKE", "head_BLKJE", "mix_BLD")
+  _, taps = api.apply(cfg, params, token_BL, taps=names)
+  leaves, seen = params["blocks"]["00"], taps["00"]
+  y_BLGHP, _ = ssd(
+    seen["u_BLGHP"], seen["dt_BLGH"], mamba.rates(leaves), seen["b_BLGN"], seen["c_BLGN"],
+    skip_GH=leaves["skip_GH"], impl="reference",
+  )
+  y_BLD, gated_BLGHP = mamba.finish(cfg, leaves, y_BLGHP, seen["z_BLGHP"])
+  np.testing.assert_allclose(seen["y_BLGHP"], gated_BLGHP, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(seen["mix_BLD"], y_BLD, rtol=1e-4, atol=1e-5)
+  seen = taps["03"]
+  logit_BKJLS = jnp.einsum("BLKJE,BSKE->BKJLS", seen["q_BLKJE"], seen["k_BLKE"]) / np.sqrt(cfg.E)
+  weight = jax.nn.softmax(jnp.where(jnp.tri(11, dtype=bool), logit_BKJLS, -jnp.inf))
+  head_BLKJE = jnp.einsum("BKJLS,BSKE->BLKJE", weight, seen["v_BLKE"])
+  np.testing.assert_allclose(seen["head_BLKJE"], head_BLKJE, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from hybridlm.nn import serve
 from hybridlm.ops.conv import causal_conv, causal_conv_step
 from hybridlm.ops.ssd import step as recurrence
 from hybridlm.ops.ssd.api import ssd
+from hybridlm.prune import cut as cutting
 
 LENGTHS = (4, 13, 1)
 TOTAL = 24
@@ -24,6 +25,15 @@ CASES = {
   "one group, no window": {"pattern": "*M", "G": 1, "rope": SCALED, "dt_limits": (0.01, 0.05)},
   "one tap, padded vocabulary": {"pattern": "MM*", "W": 1, "vocabulary": 29},
   "llama": {"variant": "swiglu", "pattern": "*-", "rope": Rope()},
+  "no state": {"pattern": "CC-", "conv_bias": False, "W": 3},
+}
+# What is cut of a variant, every axis once: decoding must follow the blocks' own sizes.
+CUT = {
+  "layernorm, cut": ("layernorm", {
+    "P": 5, "D": 11, "V": 19, "E": 8,
+    0: {"H": 3, "N": 3, "G": 1}, 1: {"F": 5}, 2: {"N": 0, "H": 2}, 3: {"K": 1, "J": 2},
+  }),
+  "swiglu, cut": ("swiglu", {"G": 1, "N": 2, "E": 4, "K": 1, "F": 13, "X": (0, 2, 3, 4)}),
 }
 prefill = jax.jit(serve.prefill, static_argnames=("cfg", "size"))
 step = jax.jit(serve.step, static_argnames="cfg")
@@ -33,6 +43,13 @@ fuse = jax.jit(serve.fuse, static_argnames="cfg")
 @functools.cache
 def case(name):
   """Returns config, parameters, their fused form, tokens and the logits of the forward pass."""
+  if name in CUT:
+    variant, sizes = CUT[name]
+    whole = models.make(variant, **({"rope": Rope(base=50.0)} if variant == "swiglu" else {}))
+    tree = models.params(whole, 5.0)
+    cfg, params = cutting.cut(whole, tree, models.plan(whole, tree, sizes))
+    token_BL = models.tokens(cfg, (len(LENGTHS), TOTAL))
+    return cfg, params, fuse(cfg, params), token_BL, hybridlm.forward(cfg, params, token_BL)
   fields = dict(CASES[name])
   variant = fields.pop("variant", "untied")
   dropped = () if "M" in fields.get("pattern", models.PATTERN) else ("conv_bias",)
@@ -55,7 +72,7 @@ def error(got_BV, want_BV):
   return models.error(jnp.where(real, got_BV, 0), jnp.where(real, want_BV, 0))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *CUT])
 def test_prefill_and_steps_of_a_ragged_batch_are_the_forward_pass(name):
   cfg, _, fused, token_BL, want_BLV = case(name)
   length_B, rows_B = np.array(LENGTHS), np.arange(len(LENGTHS))
@@ -78,7 +95,7 @@ def test_padding_changes_no_state_and_no_logit(name):
     np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "layernorm"])
+@pytest.mark.parametrize("name", ["swiglu", "layernorm", "no state"])
 def test_the_state_after_prefill_is_that_of_steps_from_nothing(name):
   cfg, _, fused, token_BL, _ = case(name)
   length_B = np.full(len(LENGTHS), 11)

@@ -7,6 +7,7 @@ import pytest
 
 import hybridlm
 from cases import models
+from hybridlm.config import Attention, GatedConv, Llama3Scaling, Mamba, Rope
 from hybridlm.prune import select
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
@@ -159,12 +160,23 @@ def test_scores_that_miss_an_axis_are_named(letters, targets, missing):
     ({"keep_D": None}, "keep_D is not a list"),
     ({"keep_D": [True, 2]}, "keep_D is not a list"),
     ({"00": {"keep_GH": [[0, None], [1, 2]]}}, "keep_GH row 0 is not a list"),
+    ({"00": {"keep_GN": [[0, 1], []]}}, "block 00: keep_GN row 1 keeps nothing"),
+    ({"00": {"keep_GH": [[], []]}}, "block 00: keep_GH row 0 keeps nothing"),
+    ({"00": {"keep_GN": [[0], [1], [2]]}}, "needs one row for each of 2"),
+    ({"00": {"keep_G": [2]}}, "keep_G keeps index 2 of 2"),
+    ({"00": {"keep_G": [1], "keep_GH": [[0, 1]]}}, "keep_GH needs one row for each of 2"),
+    ({"01": {"keep_GN": [[], []]}}, "block 01 \\(-\\) has no axis for 'keep_GN'"),
+    ({"03": {"keep_K": []}}, "block 03: keep_K keeps nothing"),
+    ({"03": {"keep_E": [0, 10]}}, "keep_E keeps index 10 of 10"),
+    ({"03": {"keep_KE": [[0], [1]]}}, "has no axis for 'keep_KE'"),
+    ({"keep_V": [3, 31]}, "keep_V keeps index 31 of 31"),
+    ({"keep_V": [30]}, "keep_V keeps padding alone, rows from 30 on"),
     ([1], "keep must be a table, not"),
     (5, "keep must be a table, not"),
   ],
 )
 def test_a_manifest_that_does_not_fit_its_parent_is_refused(tmp_path, keep, message):
-  good = Plan(models.make(), "abc", {})
+  good = Plan(models.make(vocabulary=30), "abc", {})
   good.save(tmp_path / "plan.json")
   plain = json.loads((tmp_path / "plan.json").read_text())
   (tmp_path / "plan.json").write_text(json.dumps({**plain, "keep": keep}))
@@ -179,3 +191,61 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(ValueError, match=message):
       Plan.load(tmp_path / "plan.json")
+
+
+def test_rows_are_the_parents_groups_and_sizes_what_is_left_of_them():
+  cfg = models.make()
+  keep = {
+    "keep_V": [4, 5, 30], "00": {"keep_GH": [[0, 1, 3], [1, 2, 3]], "keep_G": [1]},
+    "02": {"keep_GN": [[], []], "keep_P": [0, 5]},
+    "03": {"keep_KJ": [[0], [2]], "keep_K": [0], "keep_E": [1, 2, 7]},
+  }
+  small = Plan(cfg, "abc", keep).small_config()
+  assert small.blocks[0] == Mamba(G=1, H=3, P=6, N=5, W=4)
+  assert small.blocks[2] == GatedConv(G=2, H=4, P=2, W=4)
+  assert small.blocks[3] == Attention(K=1, J=1, E=3)
+  assert (small.V, small.vocabulary, small.pattern) == (3, None, "M-C*-")
+  padded = Plan(cfg.replace(vocabulary=29), "abc", {"keep_V": [4, 5, 30]}).small_config()
+  assert (padded.V, padded.vocabulary) == (3, 2)
+  unbiased = Plan(models.make(conv_bias=False), "abc", {"00": {"keep_GN": [[], []]}})
+  assert unbiased.small_config().blocks[0].conv_bias is False
+
+
+def test_pairs_of_rotary_channels_stay_together_with_their_frequencies():
+  cfg = models.make(rope=Rope(base=100.0, rotary=6))
+
+  def left(*keep_E):
+    return Plan(cfg, "abc", {"03": {"keep_E": keep_E}}).small_config().blocks[3]
+
+  half = left(0, 2, 3, 5, 9)
+  assert (half.E, half.rope.rotary) == (5, 4)
+  assert half.rope.frequencies(5) == tuple(np.array(cfg.blocks[3].rope.frequencies(10))[[0, 2]])
+  assert left(0, 1, 2, 3, 4, 5, 7).rope == Rope(base=100.0, rotary=6)  # no pair is gone
+  assert left(7, 8).rope is None
+  # A second cut starts from what the first kept.
+  again = Plan(cfg.replace(blocks=(half,)), "abc", {"00": {"keep_E": [1, 3]}}).small_config()
+  assert again.blocks[0].rope.frequency == half.rope.frequency[1:]
+  with pytest.raises(ValueError, match="block 03: keep_E keeps channel 4 without 1: under rotary"):
+    left(0, 3, 4, 6)
+
+
+def test_kept_frequencies_that_are_none_are_refused():
+  for fields, message in (
+    ({"rotary": 4, "frequency": (1.0,)}, "1 pairs, rotary=4 is not twice as many"),
+    ({"frequency": (1.0,)}, "1 pairs, rotary=None"),
+    ({"rotary": 2, "frequency": (0.0,)}, "must be a tuple of positive numbers"),
+    ({"rotary": 2, "frequency": (1.0,), "scaling": Llama3Scaling(8.0, 1.0, 4.0, 64)}, "are final"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      Rope(**fields)
+
+
+def test_a_manifest_written_before_there_were_more_axes_is_read(tmp_path):
+  cfg = models.make(rope=Rope(base=100.0, rotary=4))
+  plan = Plan(cfg, "abc", {"keep_D": [0, 3], "00": {"keep_GH": [[0], [1]], "keep_P": [2]}})
+  plan.save(tmp_path / "plan.json")
+  plain = json.loads((tmp_path / "plan.json").read_text())
+  assert plain["format"] == "hybridlm-plan-1"
+  assert plain["config"]["blocks"][3]["rope"].pop("frequency") is None
+  (tmp_path / "old.json").write_text(json.dumps(plain))
+  assert Plan.load(tmp_path / "old.json") == plan

@@ -1,6 +1,7 @@
 """A tree that is read leaf by leaf is cut and hashed as one in memory is."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,14 @@ from hybridlm.prune import cut as cutting
 from hybridlm.prune import stream
 from hybridlm.prune.trees import tree_hash
 
-TARGETS = {
-  "H": {"H": 3},
-  "P and J": {"P": 4, "J": 2},
-  "mixed F": {"F": {1: 5, 4: 13}},
-  "all": {"H": 3, "P": 5, "F": 13, "D": 11, "J": 2, "blocks": (0, 2, 3, 4)},
+SIZES = {
+  "inside groups": {"H": 3, "P": 4, "J": 2, "N": 3},
+  "groups and what is in them": {"H": 3, "G": 1, "N": 2, "J": 2, "K": 1, "E": 6, "V": 19},
+  "all": {
+    "H": 3, "P": 5, "F": 13, "D": 11, "J": 2, "K": 1, "E": 6, "V": 19, "X": (0, 2, 3, 4),
+    0: {"G": 1}, 2: {"N": 0},
+  },
 }
-
-
-def planned(cfg, params, targets):
-  scores = hybridlm.calibrate(cfg, params, [], estimator="random")
-  return hybridlm.plan(cfg, scores, targets)
 
 
 def stored(params, order):
@@ -51,14 +49,20 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("targets", TARGETS)
-def test_leaves_cut_as_they_are_read_are_the_cut_tree_bit_for_bit(targets, order, dtype):
+@functools.cache
+def cut_in_memory(sizes, dtype):
+  """Returns a config, its parameters, a plan and what it leaves of them."""
   cfg = models.make("layernorm" if dtype == "float32" else "untied")
   params = jax.tree.map(lambda leaf: leaf.astype(dtype), models.params(cfg))
-  plan = planned(cfg, params, TARGETS[targets])
-  want_cfg, want = cutting.cut(cfg, params, plan)
+  plan = models.plan(cfg, params, SIZES[sizes])
+  return cfg, params, plan, *cutting.cut(cfg, params, plan)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_leaves_cut_as_they_are_read_are_the_cut_tree_bit_for_bit(sizes, order, dtype):
+  cfg, params, plan, want_cfg, want = cut_in_memory(sizes, dtype)
   small_cfg, leaves = stream.cut(cfg, stored(params, ORDERS[order]), plan)
   assert small_cfg == want_cfg and list(leaves) == [path for path, _ in axes.leaves(want)]
   for path, leaf in axes.leaves(want):
@@ -87,7 +91,7 @@ def test_heads_are_kept_per_group_in_whatever_order_memory_holds_them():
 def test_blocks_masked_one_by_one_are_the_blocks_of_the_masked_tree():
   cfg = models.make("layernorm")
   params = models.params(cfg)
-  plan = planned(cfg, params, TARGETS["all"])
+  plan = models.plan(cfg, params, SIZES["all"])
   masked, kept = cutting.mask(cfg, params, plan)
   for index in plan.blocks:
     name = block_name(index)
@@ -127,7 +131,7 @@ def test_folders_are_hashed_in_the_order_of_the_tree_from_a_hundred_blocks_on():
 def test_a_plan_of_other_parameters_is_refused_by_their_hash():
   cfg = models.make()
   params = models.params(cfg)
-  plan = planned(cfg, params, {"F": 11})
+  plan = models.plan(cfg, params, {"F": 11})
   stream.check_source(lazy.of(params), plan)
   other = {**params, "final": {"norm_gain_D": params["final"]["norm_gain_D"] * 2}}
   with pytest.raises(ValueError, match=f"made for parameters {plan.source[:12]}, the ones given"):
@@ -136,7 +140,7 @@ def test_a_plan_of_other_parameters_is_refused_by_their_hash():
 
 def test_a_plan_of_other_sizes_is_refused_before_anything_is_read():
   cfg = models.make()
-  plan = planned(cfg, models.params(cfg), {"F": 11})
+  plan = models.plan(cfg, models.params(cfg), {"F": 11})
   wide = models.make(F=25)
   unread = {
     path: lazy.Leaf(leaf.shape, leaf.dtype, pytest.fail) for path, leaf in
