@@ -38,6 +38,8 @@ LEAST = {
 # No correction; one that everything after it uses; one that only teaches.
 CORRECTIONS = ("none", "before", "beside")
 REPAIRS = ("none", "least_squares")
+# What a search must be bounded by, at least one.
+BOUNDS = ("parameters", "memory_gib", "prefill_ms", "decode_ms", "tokens_per_second")
 
 
 def values(c: ConfigDict, grid: Mesh) -> None:
@@ -81,7 +83,7 @@ def _batches(c: ConfigDict, rows: int) -> None:
 
 def _names(c: ConfigDict) -> None:
   choices = {
-    "calibrate.estimator": scoring.ESTIMATORS, "calibrate.depth": (None, *depths.ESTIMATORS),
+    "calibrate.depth": (None, *depths.ESTIMATORS),
     "evaluate.inside": sorted(c.data.sources), "evaluate.outside": sorted(c.data.sources),
     "correct.run": CORRECTIONS, "repair.run": REPAIRS, "repair.order": repair.ORDERS,
     "repair.target": repair.TARGETS, "repair.gain": repair.GAINS,
@@ -92,9 +94,11 @@ def _names(c: ConfigDict) -> None:
     value = _value(c, path)
     if value not in known:
       raise ValueError(f"{path}={value!r} is not one of {', '.join(map(str, known))}")
-  letters = c.calibrate.axes
+  letters, spec = c.calibrate.axes, c.calibrate.estimator
   if not letters or not set(letters) <= set(scoring.SCORE_OF):
     raise ValueError(f"calibrate.axes={letters!r}: choose from {''.join(scoring.SCORE_OF)}")
+  with about(f"calibrate.estimator={spec!r}"):
+    scoring.parse(spec, letters)
 
 
 def _loss(run: ConfigDict) -> None:
@@ -116,6 +120,13 @@ def _optional(c: ConfigDict) -> None:
       if key not in defaults[part]:
         near = difflib.get_close_matches(key, list(defaults[part]), n=3, cutoff=0.0)
         raise ValueError(f"{part}.{key} is unknown; nearest: {', '.join(near)}")
+  if c.plan.path == "search":
+    if not any(c.search.space.values()):
+      raise ValueError("plan.path='search': search.space is empty: name choices of a size, such as "
+                       "search.space.D=(128, 160)")
+    if all(c.budget[name] is None for name in BOUNDS):
+      raise ValueError("plan.path='search': nothing bounds it: set one of "
+                       + ", ".join(f"budget.{name}" for name in BOUNDS))
   if c.schedule and c.plan.path:
     raise ValueError(f"schedule and plan.path={c.plan.path!r} are both given: every round plans "
                      "from its own scores")

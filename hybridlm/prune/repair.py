@@ -74,7 +74,7 @@ class Sums(NamedTuple):
 
 
 class Fit(NamedTuple):
-  """What a projection lacked before and after, as shares of the parent's squared output."""
+  """What was lacking before and after, squared, as shares of the parent's tap squared."""
 
   before: float
   after: float
@@ -214,13 +214,13 @@ def _project(parent, small, batches, blocks, keep_D, target, ridge):
 
   def fold(params, parent_params, batch):
     mine = small.apply(params, batch, taps)
-    theirs = parent.apply(parent_params, batch, tuple(sorted({target, "mix_BLD"})))
+    theirs = parent.apply(parent_params, batch, (target,))
     weight_T = jnp.asarray(batch["weight_BL"], jnp.float32).ravel()
     made = {}
     for name, old in blocks.items():
       a = mine[name][PROJECTIONS[leaves[name]][0]]
-      lacks = theirs[old][target][..., keep_D] - mine[name][target]
-      rows = (x.reshape(weight_T.size, -1) for x in (a, lacks, theirs[old]["mix_BLD"][..., keep_D]))
+      want = theirs[old][target][..., keep_D]
+      rows = (x.reshape(weight_T.size, -1) for x in (a, want - mine[name][target], want))
       made[name] = _sums(*rows, weight_T)
     return made
 

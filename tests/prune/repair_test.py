@@ -62,13 +62,13 @@ def lacking(plan, parent, small, params, batches, target="mix_BLD"):
   return found
 
 
-def energy(plan, parent, batches):
-  """Returns, block by block, the squared length of the parent's outputs on kept channels."""
+def energy(plan, parent, batches, target="mix_BLD"):
+  """Returns, block by block, the squared length of the parent's tap on kept channels."""
   found = {}
   for batch in batches:
-    taps = parent.apply(parent.params, batch, ("mix_BLD",))
+    taps = parent.apply(parent.params, batch, (target,))
     for new, old in enumerate(plan.blocks):
-      out = np.asarray(taps[f"{old:02d}"]["mix_BLD"], np.float64)[..., plan.array("keep_D")]
+      out = np.asarray(taps[f"{old:02d}"][target], np.float64)[..., plan.array("keep_D")]
       real = np.asarray(batch["weight_BL"], np.float64)
       found[new] = found.get(new, 0.0) + float((real[..., None] * out**2).sum())
   return found
@@ -103,7 +103,7 @@ def test_what_a_projection_lacks_shrinks_to_what_the_fit_says(target):
   plan, parent, small, batches = case()
   params, fits = repaired(target=target)
   left = lacking(plan, parent, small, params, batches, f"{target}_BLD")
-  scale = energy(plan, parent, batches)
+  scale = energy(plan, parent, batches, f"{target}_BLD")
   for new, fit in enumerate(fits.values()):
     assert fit.after < fit.before
     assert left[new] / scale[new] == pytest.approx(fit.after, rel=1e-3, abs=1e-6)
