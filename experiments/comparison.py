@@ -1,6 +1,7 @@
 """Whether a model on disk is the one it was made from: finite, and equal leaf by leaf."""
 
 import concurrent.futures
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import api, axes, config, lazy, strides
-from hybridlm.config import Block, ModelConfig, block_name
+from hybridlm.config import Attention, Block, ModelConfig, block_name
 from hybridlm.nn import lm
 from hybridlm.prune import cut, stream
 from hybridlm.prune.plan import Plan
@@ -94,11 +95,12 @@ def compare(
   Raises:
     RuntimeError: they differ, or `made` is of another shape; names the place.
   """
-  small = source.cfg if plan is None else plan.small_config()
+  small = source.cfg if plan is None else plan.small_config(source.cfg)
   found, wanted = (
-    (cfg.D, cfg.real_vocabulary, cfg.norm, cfg.eps, cfg.blocks) for cfg in (made.cfg, small)
+    (cfg.D, cfg.real_vocabulary, cfg.norm, cfg.eps, len(cfg.blocks)) for cfg in (made.cfg, small)
   )
-  if found != wanted or (made.cfg.tied and not source.cfg.tied):
+  same = found == wanted and all(map(_same, made.cfg.blocks, small.blocks))
+  if not same or (made.cfg.tied and not source.cfg.tied):
     raise RuntimeError("verification: the target read back is a model of another shape")
   changed = ("norm_gain",) if published and made.cfg.norm == "layernorm1p" else ()
   asked, chosen = _Asked(dtype, changed), plan or Plan(source.cfg, "", {})
@@ -117,6 +119,17 @@ def compare(
         f"verification: {place} of the target differs by {error:.2e} of the largest"
       )
   return max(errors.values())
+
+
+def _same(one: Block, other: Block) -> bool:
+  """Whether blocks are equal, however they say by which angles their heads turn."""
+  if not (isinstance(one, Attention) and isinstance(other, Attention) and one.rope and other.rope):
+    return one == other
+  plain = [dataclasses.replace(block, rope=None) for block in (one, other)]
+  angles = [block.rope.frequencies(block.E) for block in (one, other)]
+  return plain[0] == plain[1] and len(angles[0]) == len(angles[1]) and np.allclose(
+    *angles, rtol=1e-9, atol=0
+  )
 
 
 def _equal(path: str, got: np.ndarray, want: np.ndarray, asked: _Asked) -> bool:
@@ -187,12 +200,14 @@ def _inside(
   x_BLD[..., keep_D] = small_BLD
   # From the first on: files are written backwards, and what came last is in the page cache.
   steps = [functools.partial(read, *pair) for pair in enumerate(plan.blocks)]
+  small = plan.small_config(source.cfg)
   for new, old, theirs, ours in _ahead(steps):
     inside, equal, error = plan.inside(old), True, 0.0
     for name, got in ours.items():
-      want = stream.take(theirs[name], axes.of(name), inside)
+      scale = cut.query_scale(name, source.cfg.blocks[old], small.blocks[new])
+      want = stream.scaled(stream.take(theirs[name], axes.of(name), inside), scale)
       equal &= _equal(f"blocks/{block_name(new)}/{name}", got, want, asked)
-      theirs[name] = _fewer(theirs[name], got.dtype)
+      theirs[name] = _as_rounded(theirs[name], got.dtype, scale)
       del want
     if outputs and (inside or not equal):
       leaves = {name: jnp.asarray(strides.contiguous(leaf)) for name, leaf in theirs.items()}
@@ -231,6 +246,13 @@ def _fewer(array: Any, dtype: np.dtype) -> Any:
   return array.astype(dtype) if np.dtype(dtype).itemsize < array.dtype.itemsize else array
 
 
+def _as_rounded(array: Any, dtype: np.dtype, scale: np.float32) -> Any:
+  """Returns a leaf of the source as if it had been scaled, rounded, and scaled back."""
+  if scale == 1:
+    return _fewer(array, dtype)
+  return _fewer(array * scale, dtype).astype(jnp.float32) / scale
+
+
 def _exact(cfg: ModelConfig) -> ModelConfig:
   return cfg.replace(dtype="float32", remat="none", ssd="reference", attention="xla", chunk=None)
 
@@ -257,19 +279,24 @@ def _logits(source: Side, made: Side, plan: Plan | None) -> float:
   """
   rng = np.random.default_rng(0)
   shape = (PROBE[0], min(PROBE[1], source.cfg.context or PROBE[1]))
-  token_BL = jnp.asarray(rng.integers(0, source.cfg.real_vocabulary, shape), jnp.int32)
+  chosen = plan or Plan(source.cfg, "", {})
+  small, token_V = chosen.small_config(source.cfg), chosen.tokens
+  probe_BL = rng.integers(0, len(token_V), shape).astype(np.int32)
   params, kept = _tree(source.leaves), None
   if plan is not None:
     params, kept = cut.mask(source.cfg, params, plan)
-  blocks = range(len(source.cfg.blocks)) if plan is None else plan.blocks
-  old = {block_name(new): block_name(index) for new, index in enumerate(blocks)}
+  old = {block_name(new): index for new, index in enumerate(chosen.blocks)}
   rounded = dict(axes.leaves(params))
   for path, leaf in made.leaves.items():
     *folder, name = path.split("/")
-    place = "/".join([*folder[:-1], old.get(folder[-1], folder[-1]), name])
+    place, scale = path, np.float32(1)
+    if folder[0] == "blocks":
+      index = old[folder[1]]
+      place = f"blocks/{block_name(index)}/{name}"
+      scale = cut.query_scale(name, source.cfg.blocks[index], small.blocks[int(folder[1])])
     if place in rounded:  # a tied head may be spelled out
-      rounded[place] = _fewer(rounded[place], leaf.dtype)
-  real = slice(None, source.cfg.real_vocabulary)
-  want = api.apply(_exact(source.cfg), lazy.tree(rounded), token_BL, kept=kept)[0][..., real]
-  got = api.apply(_exact(made.cfg), _tree(made.leaves), token_BL)[0][..., real]
-  return _error(got, want)
+      rounded[place] = _as_rounded(rounded[place], leaf.dtype, scale)
+  token_BL = jnp.asarray(token_V[probe_BL])
+  want = api.apply(_exact(source.cfg), lazy.tree(rounded), token_BL, kept=kept)[0][..., token_V]
+  got = api.apply(_exact(made.cfg), _tree(made.leaves), jnp.asarray(probe_BL))[0]
+  return _error(got[..., : len(token_V)], want)

@@ -293,9 +293,7 @@ def verify(
   shared = shared_buffers(small, params)
   if shared:
     raise RuntimeError(f"cut: leaf {shared[0]!r} shares its buffer with the parent")
-  # The cut model's ids of tokens, and the parent's: row i of its embedding was row token_V[i].
-  token_V = plan.array("keep_V") if "keep_V" in plan.keep else np.arange(cfg.V)
-  token_V = token_V[: small_cfg.real_vocabulary]
+  token_V = plan.tokens
   probe_BL = np.random.default_rng(0).integers(0, len(token_V), PROBE).astype(np.int32)
   masked, kept = cutting.mask(cfg, params, plan)
   exact = {"dtype": "float32"}

@@ -67,6 +67,12 @@ class Plan:
     """Returns the index arrays that concern leaves outside the blocks."""
     return {name: self.array(name) for name in ("keep_D", "keep_V") if name in self.keep}
 
+  @property
+  def tokens(self) -> np.ndarray:
+    """The parent's ids of the tokens the small model predicts, in the order of its own ids."""
+    rows = np.asarray(self.keep.get("keep_V", range(self.config.V)), np.int32)
+    return rows[rows < self.config.real_vocabulary]
+
   def small_config(self, parent: ModelConfig | None = None) -> ModelConfig:
     """Returns the config of what the plan leaves of `parent`; None takes the plan's own."""
     parent = self.config if parent is None else parent

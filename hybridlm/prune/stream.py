@@ -60,6 +60,11 @@ def _take(w: np.ndarray, letters: str, keep: np.ndarray, own: str) -> np.ndarray
   return made
 
 
+def scaled(w: np.ndarray, scale: np.float32) -> np.ndarray:
+  """Returns a leaf times `cut.query_scale`, computed in float32, in its own dtype."""
+  return w if scale == 1 else (w.astype(np.float32) * scale).astype(w.dtype)
+
+
 def _cut_leaf(
   leaf: lazy.Leaf, name: str, keeps: Mapping[str, np.ndarray], scale: np.float32
 ) -> lazy.Leaf:
@@ -68,8 +73,7 @@ def _cut_leaf(
   shape = tuple(sizes.get(a, n) for a, n in zip(letters, leaf.shape, strict=True))
 
   def read() -> np.ndarray:
-    taken = take(leaf.read(), letters, keeps)
-    return taken if scale == 1 else (taken.astype(np.float32) * scale).astype(taken.dtype)
+    return scaled(take(leaf.read(), letters, keeps), scale)
 
   return lazy.Leaf(shape, leaf.dtype, read)
 

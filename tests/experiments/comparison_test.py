@@ -1,5 +1,7 @@
 """What a model on disk may differ in from the one it was made from, and what it may not."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,11 @@ import pytest
 from cases import models
 from experiments import comparison
 from hybridlm import lazy
+from hybridlm.config import Rope
 from hybridlm.interop import huggingface
+from hybridlm.prune import stream
+from hybridlm.prune.plan import Plan
+from hybridlm.prune.trees import tree_hash
 
 CFG = models.make("tied", "M*", V=37, vocabulary=31, dt_limits=(0.001, float("inf")), context=64)
 
@@ -57,3 +63,28 @@ def test_a_number_that_rounding_makes_infinite_is_refused(sides):
   )
   with pytest.raises(RuntimeError, match="bfloat16 cannot hold a value of the source"):
     comparison.compare(one, two, None, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("small", [0, 1 << 30], ids=["by block", "whole"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_cut_of_every_axis_is_the_masked_source_with_its_queries_scaled(
+  small, dtype, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(comparison, "SMALL", small)
+  cfg = models.make(**{"pattern": "*-*-", "activation": "swiglu", "D": 18, "E": 8, "V": 37},
+                    vocabulary=31, rope=Rope(base=50.0))
+  params = models.params(cfg, 3.0)
+  keep = {
+    "keep_V": [*range(3, 30), 33], "keep_X": [2, 3],
+    "02": {"keep_E": [0, 2, 4, 6], "keep_KJ": [[0, 1], [1, 2]], "keep_K": [1]},
+  }
+  plan = Plan(cfg, tree_hash(params), keep)
+  made_cfg, leaves = stream.cut(cfg, lazy.of(params), plan)
+  huggingface.write(tmp_path / "hf", made_cfg, leaves, family="llama", dtype=dtype)
+  source = comparison.Side(cfg, lazy.of(params))
+  made = comparison.Side(*huggingface.open(tmp_path / "hf"))
+  assert made.cfg.blocks[0].rope == Rope(base=50.0)
+  assert comparison.compare(source, made, plan, dtype=dtype) < 1e-5
+  other = dataclasses.replace(plan, keep={**plan.keep, "keep_V": [*range(2, 29), 33]})
+  with pytest.raises(RuntimeError, match="leaf .* of the target differs by up to"):
+    comparison.compare(source, made, other, dtype=dtype)
