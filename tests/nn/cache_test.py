@@ -15,7 +15,7 @@ from hybridlm.ops import attention_step
 @pytest.mark.parametrize("size", [7, 29])
 def test_bytes_are_those_that_the_cost_says(size, dtype):
   for variant in ("untied", "layernorm"):  # the second has a window of 9
-    cfg = models.make(variant, pattern="M*-M*", dtype=dtype)
+    cfg = models.make(variant, pattern="MC*-M*", dtype=dtype)
     cost = hybridlm.cost(cfg, context=size, batch=3)
     want = cost.kv_bytes + cost.conv_bytes + cost.ssm_bytes
     made = cache.empty(cfg, 3, size)
@@ -24,9 +24,9 @@ def test_bytes_are_those_that_the_cost_says(size, dtype):
 
 
 def test_blocks_without_a_state_have_none():
-  made = cache.empty(models.make(), 2, 11)
+  made = cache.empty(models.make(pattern="M-C*-"), 2, 11)
   kinds = [type(state).__name__ for state in made.blocks]
-  assert kinds == ["MambaState", "NoneType", "MambaState", "AttentionState", "NoneType"]
+  assert kinds == ["MambaState", "NoneType", "ConvState", "AttentionState", "NoneType"]
   np.testing.assert_array_equal(made.length_B, [0, 0])
 
 

@@ -11,7 +11,7 @@ import pytest
 import hybridlm
 from cases import models
 from hybridlm import api, axes, bind, config
-from hybridlm.config import Rope
+from hybridlm.config import GatedConv, Rope
 from hybridlm.distill import loss
 from hybridlm.prune import cut as cutting
 from hybridlm.prune.trees import shared_buffers, tree_hash
@@ -215,6 +215,15 @@ def test_a_verified_cut_of_every_axis_says_how_close_it_is_and_misses_no_scale()
   wrong = {**small, "blocks": {**small["blocks"], "02": unscaled}}
   with pytest.raises(RuntimeError, match="logits differ"):
     api.verify(cfg, params, plan, small_cfg, wrong)
+
+
+def test_a_block_without_a_state_is_cut_again_as_one_with_a_state_is():
+  cfg = models.make("tied", pattern="C-")
+  params = models.params(cfg, 10.0)
+  plan = models.plan(cfg, params, {"G": 1, "H": 3, "P": 4, "D": 9})
+  small_cfg, small = cutting.cut(cfg, params, plan)
+  assert api.verify(cfg, params, plan, small_cfg, small) < 1e-5
+  assert small_cfg.blocks[0] == GatedConv(G=1, H=3, P=4, W=4)
 
 
 def test_cut_touches_neither_its_input_nor_its_buffers():
