@@ -52,7 +52,7 @@ def main(job: cli.Job) -> None:
   scores = Scores.load(folders["calibrate"] / "scores.npz")
   run = c.search
   batches = s.held_out(s.inside, run.split, run, run.batches)
-  sizes = space.Uniform(space.check(model[0], run.space))
+  sizes = space.Uniform(space.check(model[0], run.space.to_dict()))
   draws = space.draws(sizes, c.seed)
   targets = [sizes.targets(next(draws)) for _ in range(min(run.candidates, sizes.size))]
   found = measure(model, scores, batches, targets, SAMPLE)

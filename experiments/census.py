@@ -24,7 +24,7 @@ def text(s: Setup) -> str:
   run = s.c.search
   hunting.spread(s.cfg, run)
   judge = Judge(s.cfg, limits.of(s, s.cfg, measured=False))
-  sizes = space.Uniform(space.check(s.cfg, run.space))
+  sizes = space.Uniform(space.check(s.cfg, run.space.to_dict()))
   found = count(judge, sizes)
   spans = ", ".join(f"{name} {c[0]}..{c[-1]} ({len(c)})" for name, c in sizes.choices.items())
   refused = ", ".join(f"{name} {n:,}" for name, n in found["by_rule"].items()) or "none"

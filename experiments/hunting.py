@@ -27,7 +27,7 @@ def spread(cfg: ModelConfig, run: ConfigDict) -> Space:
   """
   if run.method not in METHODS:
     raise ValueError(f"search.method={run.method!r} is not one of {', '.join(METHODS)}")
-  choices = space.check(cfg, run.space)
+  choices = space.check(cfg, run.space.to_dict())
   if run.method == "milp":
     return space.blockwise(cfg, choices)
   sizes = Uniform(choices)
@@ -164,7 +164,7 @@ class Blocks:
     base = self.judge.limits.outside(cfg.replace(D=self.sizes.widths[width]))
     for name, bound in self.judge.limits.bounds.items():
       weights = [[share[name] for share in each] for each in costs]
-      rows.append(milp.Row(name, weights, high=bound - base[name]))
+      rows.append(milp.Row(name, weights, high=bound - base[name], scale=bound))
     return rows
 
   def _share(self, width: int, index: int, gene: int) -> dict[str, float]:

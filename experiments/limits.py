@@ -107,7 +107,7 @@ def of(s: Setup, cfg: ModelConfig, *, measured: bool = True) -> Limits:
 
   `measured` False leaves seconds unknown rather than time anything, where no bound needs them.
   """
-  source = budgets.source(s.c, samples(cfg, s.c.search.space), cache=s.cache, needed=measured)
+  source = budgets.source(s.c, samples(cfg, s.c.search.space.to_dict()), cache=s.cache, needed=measured)
   return Limits(budgets.rules(s.c), budgets.budget(s.c), source)
 
 

@@ -183,7 +183,7 @@ def _rivals(s: Setup, judge: Judge) -> dict[str, dict[str, Any]]:
   found, run = {}, s.c.search
   for name in run.rivals:
     if name == "largest":
-      targets = hunting.largest(judge, space.Uniform(space.check(judge.cfg, run.space)))
+      targets = hunting.largest(judge, space.Uniform(space.check(judge.cfg, run.space.to_dict())))
     else:
       targets = settings.written(settings.targets(s.c))
     reasons = judge.reasons(targets) if targets else ["no uniform sizes fit"]

@@ -88,6 +88,10 @@ def test_the_nearest_choice_exceeds_the_budgets_by_the_least_share():
     return max(row.total(choice) / row.high for row in rows)
 
   assert excess(found) == pytest.approx(min(map(excess, itertools.product(range(3), repeat=4))))
+  # An excess can be a share of something else than what the blocks may have: a whole budget.
+  scaled = [rows[0]._replace(scale=1000.0), rows[1]._replace(high=-0.5, scale=0.01)]
+  found = milp.nearest(milp.Problem(problem.losses, scaled), ("parameters", "seconds"))
+  assert scaled[1].total(found) == pytest.approx(sum(map(min, seconds)))
   floor = milp.Row("floor", [[0] * 3] * 4, low=1)
   assert milp.nearest(milp.Problem(problem.losses, [*rows, floor]), ("parameters",)) is None
 

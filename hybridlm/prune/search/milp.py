@@ -24,12 +24,14 @@ class Row(NamedTuple):
   """A linear demand: low <= sum of the chosen options' weights <= high.
 
   name: for messages.  weights: for every block one number an option; whole numbers stay exact.
+  scale: what an excess over `high` is a share of; None: `high` itself, which then is positive.
   """
 
   name: str
   weights: Sequence[Sequence[Any]]
   low: float = -math.inf
   high: float = math.inf
+  scale: float | None = None
 
   def total(self, choice: Sequence[int]) -> Any:
     """Returns the sum over the chosen options, exact where the weights are whole numbers."""
@@ -111,8 +113,8 @@ def solutions(problem: Problem, count: int, distance: int) -> list[tuple[int, ..
 def nearest(problem: Problem, names: Sequence[str]) -> tuple[int, ...] | None:
   """Returns the choice that exceeds the upper bounds of the named rows by the least share.
 
-  The largest share by which one of them is exceeded is minimised. None where the other rows alone
-  cannot be met.
+  The largest share by which one of them is exceeded is minimised. Of several such choices any may
+  come. None where the other rows alone cannot be met.
   """
   soft = [row for row in problem.rows if row.name in names]
   hard = [row for row in problem.rows if row.name not in names]
@@ -143,11 +145,11 @@ def _solve(
     demands.append(optimize.LinearConstraint(
       sparse.csr_array(matrix / largest[:, None]), low / largest, high / largest))
   if soft:
-    matrix = _matrix(soft, extra)
-    high = np.array([max(float(row.high), 1e-300) for row in soft])
-    matrix = matrix / high[:, None]
+    scale = np.array([float(row.high if row.scale is None else row.scale) for row in soft])
+    high = np.array([float(row.high) for row in soft])
+    matrix = _matrix(soft, extra) / scale[:, None]
     matrix[:, -1] = -1.0
-    demands.append(optimize.LinearConstraint(sparse.csr_array(matrix), -np.inf, 1.0))
+    demands.append(optimize.LinearConstraint(sparse.csr_array(matrix), -np.inf, high / scale))
   flat = np.concatenate([np.asarray(each, np.float64) for each in losses])
   objective = np.append(flat / max(np.abs(flat).max(), 1e-300) * SCALE, [SCALE] * extra)
   result = optimize.milp(
