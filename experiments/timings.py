@@ -7,7 +7,8 @@ python -m experiments.timings --config=configs/quickstart.py \
 Models are the config's teacher and cuts of it; their weights are constants, as times do not depend
 on values. A block's time is what three more copies of it add to a one-block model, each with
 weights and state of its own, divided by three; the head's is what a one-block model takes beyond
-its block. Timings are kept in the cache, by device, dtype and versions.
+its block, the decoding loop and its calls included. Timings are kept in the cache, by device, dtype
+and versions.
 """
 
 import functools
@@ -104,9 +105,8 @@ def measure(case: Case, found: Table, turns: int) -> Entry:
   if block is None:
     first = min((b for b, _ in cost.distinct(cfg)),
                 key=lambda b: latency.seconds(cfg, b, found, **options))
-    run = program(cfg.replace(blocks=(first,)), phase, context, batch)
-    seconds = roofline.take_turns({1: run}, turns)[1]
-    taken = statistics.median(seconds) - latency.seconds(cfg, first, found, **options)
+    (taken,) = whole([cfg.replace(blocks=(first,))], turns=turns, **options)
+    taken -= latency.seconds(cfg, first, found, **options)
   else:
     alone = cfg.replace(V=SMALL_V, vocabulary=None, tied=False)
     runs = {
