@@ -83,10 +83,13 @@ class Blocks:
     sizes: the options; those that a rule forbids whatever the other blocks do are left out here.
 
   Raises:
-    ValueError: a block has no option, or no choice fits the budget; the nearest possible is said.
+    ValueError: no budget, a block without an option, or a budget that no choice fits; the nearest
+      possible is said.
   """
 
   def __init__(self, judge: Judge, sizes: Blockwise):
+    if not judge.limits.bounds:
+      raise ValueError("search.method='milp': the budget has no bound, so no block has to change")
     self.judge, self.sizes = judge, sizes
     self._legal = [self._options(index) for index in range(len(sizes.options))]
     self._rows = {gene: self._demands(gene) for gene in range(len(sizes.widths))}

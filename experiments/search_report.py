@@ -38,7 +38,10 @@ def cost(record: Mapping[str, Any], name: str) -> str:
   """Returns one cost of a candidate as a cell; a dash where it is not known."""
   if record[name] is None:
     return "–"
-  return f"{record[name]:,}" if name == "parameters" else f"{record[name] / AXES[name][1]:,.4g}"
+  if name == "parameters":
+    return f"{record[name]:,}"
+  value = record[name] / AXES[name][1]
+  return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def costs_header() -> list[str]:

@@ -131,6 +131,11 @@ def test_a_budget_that_no_choice_of_blocks_fits_names_the_nearest():
     Blocks(judge(floors, parameters=10**9), sizes(CHOICES | {"blocks": (3, 4)}))
 
 
+def test_without_a_bound_there_is_nothing_to_choose():
+  with pytest.raises(ValueError, match="the budget has no bound"):
+    Blocks(judge(), sizes())
+
+
 def test_a_uniform_search_that_nothing_fits_says_the_rules_and_the_nearest_budget():
   choices = space.check(CFG, {"D": (12, 16), "F": (8, 24)})
   each = judge(Rules(divisors={"D": 8}), parameters=5)
