@@ -53,6 +53,31 @@ def model() -> ml_collections.ConfigDict:
   return c
 
 
+def search() -> ml_collections.ConfigDict:
+  """What `experiments.search` chooses from, and how; limits are in `budget` and `rules`."""
+  c = ml_collections.ConfigDict()
+  c.method = "grid"  # every candidate; "random" ones; "milp": options block by block
+  # Target -> its choices, e.g. D=(160, 192); () keeps the parent's size. Under "milp", `blocks` and
+  # `noop` bound how many blocks stay and how many go without SSM.
+  c.space = ml_collections.ConfigDict({name: () for name in SEARCHED})
+  c.candidates = 300  # "random": how many are scored; "grid": the most there may be
+  c.score = "kl"  # to the teacher, or "ce": what candidates are ranked by
+  c.split = "valid"
+  c.batch = 8
+  c.batches = 2
+  c.solutions = 4  # "milp": solutions for each D ..
+  c.diversity = 1  # .. and blocks in which any two of them differ at least
+  c.evolve = 0  # rounds of evolution after that ..
+  c.population = 8  # .. parents and children of each
+  c.finalists = 4  # the best, which are distilled briefly, as `distil` says but for steps ..
+  c.rungs = ()  # .. in all at each rung, e.g. (20, 60); the better half goes on; () none are
+  c.rivals = ()  # distilled as long beside the winner: "largest" that fits, "targets"
+  # One candidate that a dry run looks up in the space.
+  c.winner = ml_collections.ConfigDict(
+    {name: config_dict.placeholder(int) for name in SEARCHED})
+  return c
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns the tree of defaults."""
   c = ml_collections.ConfigDict()
@@ -113,7 +138,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.repair.run = "none"
   c.repair.ridge = 1e-3  # of the inputs' mean square: how strongly changes are held back
   c.repair.order = "one_by_one"  # each block on repaired ones before it, or "together"
-  c.repair.target = "mix"  # what is matched: a block's own output, or "out": the stream after it
+  c.repair.target = "out"  # what is matched: the stream after a block, or "mix": its own output
   c.repair.gain = "none"  # "rescale" first gives each norm the factor that fits
   c.repair.split = "train"
   c.repair.batches = 16
@@ -154,27 +179,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.findings.batch = 8
   c.findings.batches = 8  # of the validation split, where losses are measured
 
-  # What `experiments.search` chooses from, and how; limits are in `budget` and `rules`.
-  c.search = ml_collections.ConfigDict()
-  c.search.method = "grid"  # every candidate; "random" ones; "milp": options block by block
-  # Target -> its choices, e.g. D=(160, 192); () keeps the parent's size. Under "milp", `blocks` and
-  # `noop` bound how many blocks stay and how many go without SSM.
-  c.search.space = ml_collections.ConfigDict({name: () for name in SEARCHED})
-  c.search.candidates = 300  # "random": how many are scored; "grid": the most there may be
-  c.search.score = "kl"  # to the teacher, or "ce": what candidates are ranked by
-  c.search.split = "valid"
-  c.search.batch = 8
-  c.search.batches = 2
-  c.search.solutions = 4  # "milp": solutions for each D ..
-  c.search.diversity = 1  # .. and blocks in which any two of them differ at least
-  c.search.evolve = 0  # rounds of evolution after that ..
-  c.search.population = 8  # .. parents and children of each
-  c.search.finalists = 4  # the best, which are distilled briefly, as `distil` says but for steps ..
-  c.search.rungs = ()  # .. in all at each rung, e.g. (20, 60); the better half goes on; () none are
-  c.search.rivals = ()  # distilled as long beside the winner: "largest" that fits, "targets"
-  # One candidate that a dry run looks up in the space.
-  c.search.winner = ml_collections.ConfigDict(
-    {name: config_dict.placeholder(int) for name in SEARCHED})
+  c.search = search()
 
   # What the small model may cost at most, several bounds at once; unset: no bound. Time is that of
   # this device as measured (`experiments.timings`), or of a named one by its published peaks.

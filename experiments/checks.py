@@ -114,12 +114,16 @@ def _optional(c: ConfigDict) -> None:
   """Raises where parts that can be left out say what they cannot, or exclude each other."""
   if not 0 < c.repair.ridge < math.inf:
     raise ValueError(f"repair.ridge={c.repair.ridge} must be positive")
+  if (c.repair.order, c.repair.target) == ("together", "out"):
+    raise ValueError("repair.order='together' with repair.target='out': every block would make up "
+                     "for the same lack; take 'one_by_one', or 'mix'")
   defaults = base.get_config()
   for part in ("plan", "targets", "repair", "correct", "distil"):
     for key in c[part]:
       if key not in defaults[part]:
         near = difflib.get_close_matches(key, list(defaults[part]), n=3, cutoff=0.0)
-        raise ValueError(f"{part}.{key} is unknown; nearest: {', '.join(near)}")
+        raise ValueError(
+          f"{part}.{key} is unknown; nearest: {', '.join(f'{part}.{name}' for name in near)}")
   if c.plan.path == "search":
     if not any(c.search.space.values()):
       raise ValueError("plan.path='search': search.space is empty: name choices of a size, such as "

@@ -20,6 +20,7 @@ from hybridlm.data import pipeline as data
 from hybridlm.data.sources import Source
 from hybridlm.interop import dispatch
 from hybridlm.prune import scores as scoring
+from hybridlm.prune import select
 from hybridlm.prune.plan import Plan
 from hybridlm.train import mesh as meshes
 from hybridlm.train import optim
@@ -165,22 +166,27 @@ def open_pattern(cfg: ModelConfig, wanted: Mapping[str, Any]) -> bool:
 
 
 def small(
-  cfg: ModelConfig, wanted: Mapping[str, Any], *, letters: str, depth: str | None
+  cfg: ModelConfig, wanted: Mapping[str, Any], *, letters: str, depth: str | None,
+  noop: str | None = None,
 ) -> ModelConfig:
-  """Returns the config that a plan of these targets leaves, whatever the scores.
+  """Returns the config that a plan of these targets leaves.
+
+  Where scores decide which blocks stay it is one of those that may be left.
 
   Args:
     cfg: the parent.
     wanted: target sizes.
     letters: axes that calibration scores.
     depth: how it scores blocks; None: not.
+    noop: how it scores blocks without their SSM; None: not.
 
   Raises:
     ValueError: no target, targets that no plan of this parent can meet, or an axis without scores.
   """
   if not wanted:
     raise ValueError(UNSET)
-  shapes = dict.fromkeys(("score_X", "score_ssm_X"), (len(cfg.blocks),)) if depth else {}
+  asked = {"score_X": depth, "score_ssm_X": noop}
+  shapes = {name: (len(cfg.blocks),) for name, how in asked.items() if how}
   names = {scoring.SCORE_OF[letter] for letter in letters if letter in scoring.SCORE_OF}
   for index, block in enumerate(cfg.blocks):
     for name in names:
@@ -188,7 +194,8 @@ def small(
         shapes[f"{block_name(index)}/{name}"] = axes.shape(name, cfg.sizes(index))
   sums = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
   even = scoring.Scores(sums, 1.0, {"parameters": "none"})
-  return hybridlm.plan(cfg, even, wanted).small_config()
+  hybridlm.plan(cfg, even, wanted)  # every score is there
+  return select.sized(cfg, wanted)
 
 
 def replayed(cfg: ModelConfig, path: str, expected: ModelConfig | None) -> ModelConfig:
@@ -362,7 +369,8 @@ def _left(
   open_ = open_pattern(parent, wanted)
   left = None
   if wanted or not path:
-    left = small(parent, wanted, letters=c.calibrate.axes, depth=c.calibrate.depth)
+    run = c.calibrate
+    left = small(parent, wanted, letters=run.axes, depth=run.depth, noop=run.noop)
   if path:
     left, open_ = replayed(parent, path, None if open_ else left), False
   if not open_:

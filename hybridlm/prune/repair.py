@@ -37,8 +37,8 @@ PROJECTIONS: Mapping[str, tuple[str, str | None]] = {
 }
 # Blocks in order, each on the outputs of repaired ones; or all at once, on those of the cut model.
 ORDERS = ("one_by_one", "together")
-# What is matched: the block's own output, or the residual stream after it (which also makes up for
-# what blocks before it lost, and those that went).
+# What is matched: the block's own output, or the residual stream after it, which also makes up for
+# what blocks before it lost, and those that went; so it is for blocks one by one.
 TARGETS = ("mix", "out")
 # Before a projection is fitted: nothing, or one factor on the norm's gain (and bias), again by
 # least squares. A root mean square over the channels that stay is not the one over all.
@@ -141,13 +141,16 @@ def repair(
     gain: one of `GAINS`.
 
   Raises:
-    ValueError: an unknown name, a ridge that is not positive, no real token, or activations that
+    ValueError: an unknown name, "out" for blocks that are fitted together, a ridge that is not positive, no real token, or activations that
       are not finite; names the block.
   """
   for name, value, known in (("order", order, ORDERS), ("target", target, TARGETS),
                              ("gain", gain, GAINS)):
     if value not in known:
       raise ValueError(f"repair: {name}={value!r} is not one of {', '.join(known)}")
+  if (order, target) == ("together", "out"):
+    raise ValueError("repair: target='out' needs order='one_by_one': at once, every block would make "
+                     "up for the same lack")
   if not 0 < ridge < np.inf:
     raise ValueError(f"repair: ridge={ridge} must be positive")
   batches = [{name: jnp.asarray(batch[name]) for name in batch} for batch in batches]

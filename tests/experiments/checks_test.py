@@ -40,6 +40,32 @@ VALUES = [
   ("findings.heads=(5, 2)", ["findings.heads=(5, 2)", "1..4"]),
   ("findings.heads=(0,)", ["findings.heads=(0,)"]),
   ("findings.heads=(2.0,)", ["findings.heads", "whole"]),
+  ("calibrate.estimator='activation,F=best'", ["calibrate.estimator=", "best", "flap"]),
+  ("calibrate.estimator='activation,Q=flap'", ["calibrate.estimator=", "Q=flap"]),
+  ("correct.run='after'", ["correct.run='after'", "none, before, beside"]),
+  ("repair.run='best'", ["repair.run='best'", "least_squares"]),
+  ("repair.order='last'", ["repair.order='last'", "one_by_one"]),
+  ("repair.order='together'", ["repair.order='together'", "repair.target='out'", "mix"]),
+  ("repair.target='in'", ["repair.target='in'", "mix, out"]),
+  ("repair.gain='half'", ["repair.gain='half'", "rescale"]),
+  ("repair.ridge=0.0", ["repair.ridge=0.0"]),
+  ("repair.ridge=float('nan')", ["repair.ridge=nan"]),
+  ("repair.batches=0", ["repair.batches=0"]),
+  ("repair.rigde=0.1", ["repair.rigde is unknown", "repair.ridge"]),
+  ("targets.Q=3", ["targets.Q is unknown"]),
+  ("targets.V=100", ["targets.V is unknown"]),
+  ("targets.N=6", ["N=6", "5"]),
+  ("targets.N='few'", ["N='few'"]),
+  ("targets.N=4", ["score_GN"]),  # not calibrated
+  ("targets.E=11", ["E=11", "10"]),
+  ("targets.K=0", ["K=0"]),
+  ("targets.F=(16, 8)", ["targets.F=(16, 8)", "pairs"]),
+  ("targets.F=((0, 16),)", ["target F: block 0"]),
+  ("targets.noop=2", ["noop=2"]),
+  ("targets.noop=1", ["score_ssm_X"]),  # not calibrated
+  ("targets.floors=(('?', 1),)", ["floors", "?"]),
+  ("plan.path='search'", ["plan.path='search'", "search.space is empty"]),
+  ("schedule=({'targets': {'D': 17}},)", ["schedule: round 1", "D=17", "16"]),
   ("findings.seeds=0", ["findings.seeds=0"]),
 ]
 
@@ -57,12 +83,26 @@ def test_a_value_that_no_run_can_use_is_refused_under_its_key(change, words, tmp
   tree = c
   for folder in folders:
     tree = tree[folder]
-  tree[name] = eval(value)
+  with c.unlocked(), c.ignore_type():
+    tree[name] = eval(value)
   with pytest.raises(ValueError) as caught:
     settings.setup(c, grid(), cache=tmp_path / "cache")
   assert is_mistake(caught.value) and "\n" not in str(caught.value)
   assert all(word in str(caught.value) for word in words), str(caught.value)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_without_a_bound_and_one_after_rounds_are_refused(tmp_path):
+  c = quickstart_toy.get_config()
+  c.plan.path, c.search.space.D = "search", (12, 14)
+  with pytest.raises(ValueError, match="plan.path='search': nothing bounds it.*budget.parameters"):
+    settings.setup(c, grid(), cache=tmp_path)
+  c.budget.parameters = 9000
+  assert settings.setup(c, grid(), cache=tmp_path).small is None
+  for path in ("search", "mine.json"):
+    c.plan.path, c.schedule = path, ({"targets": {"D": 14}},)
+    with pytest.raises(ValueError, match=f"schedule and plan.path='{path}' are both given"):
+      settings.setup(c, grid(), cache=tmp_path)
 
 
 def test_heads_of_a_teacher_without_heads_are_refused():

@@ -52,7 +52,7 @@ def test_one_command_goes_from_text_to_a_report(finished):
   teacher, small = parameters()
   assert f"| teacher | {teacher} |" in text and f"| pruned | {small} |" in text
   speed = artefacts.read_json(finished / "job" / "evaluate_end" / "speed.json")
-  assert speed.keys() == report.NAMES.keys()
+  assert speed.keys() == {"teacher", "pruned", "distilled", "scratch"}
   for name, tokens in speed.items():  # one stage timed them all, taking turns
     row, = (line for line in text.splitlines() if line.startswith(f"| {report.NAMES[name]} | "))
     assert row.endswith(f" {tokens:,.0f} |")
@@ -181,6 +181,15 @@ MISTAKES = {
     ["--config.export.format=hf", "--config.export.family=gpt9"], ["gpt9", "llama"]),
   "a family that cannot hold the small model": (
     ["--config.export.format=hf", "--config.export.family=llama"], ["export", "llama cannot"]),
+  "an axis the model has not": (
+    ["--config.model.pattern=M-", "--config.model.K=None", "--config.model.J=None",
+     "--config.model.E=None", "--config.targets.J=None", "--config.targets.K=1"],
+    ["target K=1", "no block of 'M-' has this axis"]),
+  "a misspelt target": (["--config.targets.NN=4"], ["targets.NN", "targets.N"]),
+  "a misspelt value of the repair": (["--config.repair.rigde=1.0"], ["repair.rigde",
+                                                                      "repair.ridge"]),
+  "an unknown correction": (["--config.correct.run=after"], ["correct.run='after'", "beside"]),
+  "a search of nothing": (["--config.plan.path=search"], ["plan.path='search'", "search.space"]),
   "layers of a model that is not made of them": (
     ["--config.targets.layers=1"], ["layers=1", "not made of layers"]),
 }

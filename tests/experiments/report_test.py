@@ -45,6 +45,28 @@ def test_verdicts_follow_the_numbers(scratch, fourth, verb, sixth, other):
   assert lines[2].startswith(f"Distilled (3.000) {verb} the same size")
 
 
+def test_rounds_come_after_the_teachers_and_before_the_last_cut():
+  names = ["scratch", "round10_pruned", "distilled", "round2_distilled", "repaired", "teacher",
+           "round2_pruned", "pruned", "corrected"]
+  assert report.ordered(names) == [
+    "teacher", "corrected", "round2_pruned", "round2_distilled", "round10_pruned", "pruned",
+    "repaired", "distilled", "scratch",
+  ]
+  assert report.label("round10_repaired") == "round 10: pruned + repaired"
+
+
+@pytest.mark.parametrize("corrected, repaired, gains, brings", [
+  (0.5, 2.5, "gains 1.000", "brings back 1.000"), (1.5, 3.5, "loses 1.000", "loses 1.000")])
+def test_verdicts_say_what_correction_and_repair_did(corrected, repaired, gains, brings):
+  found = results(teacher=1.0, corrected=corrected, pruned=3.0, repaired=repaired, distilled=2.0)
+  lines = report.verdicts(found, {})
+  assert f"Correction of the teacher {gains} bits a byte" in lines[0]
+  assert f"Pruning costs {2 * (3.0 - corrected):.3f}" in lines[1]
+  assert f"{1 / (3.0 - corrected):.1%} of the loss gap" in lines[1]
+  assert lines[2] == f"Repair before distillation {brings} bits a byte."
+  assert report.reference(found) == "corrected" and report.reference(["teacher"]) == "teacher"
+
+
 def test_a_row_of_the_table_shows_what_was_measured():
   found = results(pruned=1.25)["pruned"]
   cells = report.row("pruned", found, {"tokens_per_second": 9876.4})

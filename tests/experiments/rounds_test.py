@@ -14,9 +14,16 @@ PLAIN = ["teacher", "calibrate", "plan", "cut", "ngrams", "evaluate_cut", "disti
 ROUND = {"targets": {"D": 14, "F": 20, "H": 3}, "distil": {"steps": 2, "peak": 1e-3}}
 
 
+def toy():
+  """Returns the toy config with one source of text, the one that is read fast."""
+  c = quickstart_toy.get_config()
+  c.evaluate.outside = "main"
+  return c
+
+
 def setup(tmp_path, **changes):
   """Returns the toy job with sections changed: `repair={"run": ..}`, `schedule=(..)`."""
-  c = quickstart_toy.get_config()
+  c = toy()
   for name, value in changes.items():
     if isinstance(value, dict):
       c[name].update(value)
@@ -142,7 +149,7 @@ def test_after_a_round_that_leaves_blocks_to_the_scores_sizes_are_not_foretold(t
   ("none", ["schedule='none' is not a tuple of rounds"]),
 ])
 def test_a_mistake_in_a_round_is_one_line_that_names_the_round(given, words, tmp_path):
-  c = quickstart_toy.get_config()
+  c = toy()
   with c.ignore_type():
     c.schedule = given
   grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])

@@ -74,7 +74,7 @@ def energy(plan, parent, batches, target="mix_BLD"):
   return found
 
 
-@pytest.mark.parametrize("how", [{}, {"order": "together", "target": "out"}, {"gain": "rescale"}])
+@pytest.mark.parametrize("how", [{"target": "out"}, {"order": "together"}, {"gain": "rescale"}])
 def test_a_model_that_nothing_was_cut_from_stays_as_it_is(how):
   plan, parent, small, batches = case(whole=True)
   params, fits = repairing.repair(plan, parent, small, batches, ridge=1e-6, **how)
@@ -203,6 +203,7 @@ def test_a_block_that_went_shifts_the_ones_behind_it_against_the_parents():
   ({"ridge": float("nan")}, "ridge=nan must be positive"),
   ({"order": "last"}, "order='last' is not one of one_by_one, together"),
   ({"target": "in"}, "target='in' is not one of mix, out"),
+  ({"order": "together", "target": "out"}, "target='out' needs order='one_by_one'"),
   ({"gain": "half"}, "gain='half' is not one of none, rescale"),
 ])
 def test_a_value_that_no_repair_can_use_is_refused(change, words):
