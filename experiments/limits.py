@@ -107,7 +107,8 @@ def of(s: Setup, cfg: ModelConfig, *, measured: bool = True) -> Limits:
 
   `measured` False leaves seconds unknown rather than time anything, where no bound needs them.
   """
-  source = budgets.source(s.c, samples(cfg, s.c.search.space.to_dict()), cache=s.cache, needed=measured)
+  timed = samples(cfg, s.c.search.space.to_dict())
+  source = budgets.source(s.c, timed, cache=s.cache, needed=measured)
   return Limits(budgets.rules(s.c), budgets.budget(s.c), source)
 
 
