@@ -16,7 +16,7 @@ def get_config():
   c.model.update(preset="", pattern="MMMMMM", D=96, G=1, H=12, P=16, N=32, W=4, tied=True)
   c.data.length = 128
   run = dict(batch=8, accumulate=1, warmup=10, validate_every=50, validate_batches=2, save_every=0)
-  c.teacher.update(steps=200, peak=4e-3, **run)
+  c.teacher.update(steps=120, peak=4e-3, **run)
   c.calibrate.update(batches=2, batch=8)
 
   # 58 % of the parent's parameters, as 780 is of 1,344.
@@ -24,11 +24,11 @@ def get_config():
     D=(64, 72, 80, 88, 96), heads=(6, 8, 10, 12), P=(8, 12, 16), N=(16, 24, 32),
   )
   c.search.winner.update(D=72, heads=8, P=16, N=32)
-  c.search.update(candidates=40, batch=8, batches=2, finalists=3, rungs=(20, 40))
+  c.search.update(candidates=40, batch=8, batches=2, finalists=2, rungs=(20,))
   c.budget.update(parameters=245_000, context=128, batch=8)
   c.rules.divisors.update(D=8, heads=1, P=4, N=8)
 
-  c.distil.update(steps=150, peak=3e-3, floor=0.1, **run)
+  c.distil.update(steps=100, peak=3e-3, floor=0.1, **run)
   c.scratch.peak = 4e-3
   c.evaluate.update(batches=8, batch=8, speed_repeats=2)
   return c

@@ -19,7 +19,7 @@ def get_config():
   )
   c.data.length = 128
   run = dict(batch=8, accumulate=1, warmup=10, validate_every=50, validate_batches=2, save_every=0)
-  c.teacher.update(steps=200, peak=3e-3, **run)
+  c.teacher.update(steps=120, peak=3e-3, **run)
   c.calibrate.update(batches=2, batch=8)
 
   # 56 % of the parent's parameters, about as 8.3 is of 15.6.
@@ -27,12 +27,12 @@ def get_config():
     D=(64, 72, 80, 88, 96), F=(128, 160, 192, 224, 288), J=(2, 3, 4), layers=(4, 5),
   )
   c.search.winner.update(D=72, F=192, J=3, layers=5)
-  c.search.update(candidates=200, batch=8, batches=2, finalists=3, rungs=(20, 40))
+  c.search.update(candidates=200, batch=8, batches=2, finalists=2, rungs=(20,))
   c.budget.update(parameters=270_000, context=128, batch=8)
   c.rules.divisors.update(D=8, F=32)
   c.rules.update(shards=(1, 2), family=None)  # the class wants rotary positions
 
-  c.distil.update(steps=150, peak=2e-3, floor=0.1, **run)
+  c.distil.update(steps=100, peak=2e-3, floor=0.1, **run)
   c.export.format = "none"
   c.export.family = None
   c.evaluate.update(batches=8, batch=8, speed_repeats=2)

@@ -18,7 +18,7 @@ def get_config():
   )
   c.data.length = 128
   run = dict(batch=8, accumulate=1, warmup=10, validate_every=50, validate_batches=2, save_every=0)
-  c.teacher.update(steps=200, peak=4e-3, **run)
+  c.teacher.update(steps=120, peak=4e-3, **run)
   c.calibrate.update(batches=2, batch=8)
 
   # 57 % of the parent's parameters, about as 4.5 is of 8.1.
@@ -27,11 +27,11 @@ def get_config():
     blocks=(6, 8, 10),
   )
   c.search.winner.update(D=72, F=160, heads=6, P=16, blocks=10)
-  c.search.update(candidates=40, batch=8, batches=2, finalists=3, rungs=(20, 40))
+  c.search.update(candidates=40, batch=8, batches=2, finalists=2, rungs=(20,))
   c.budget.update(parameters=265_000, context=128, batch=8)
   c.rules.divisors.update(D=8, F=32, heads=2, P=4)
   c.rules.update(floors=(("*", 1),), shards=(1, 2))
 
-  c.distil.update(steps=150, peak=3e-3, floor=0.1, **run)
+  c.distil.update(steps=100, peak=3e-3, floor=0.1, **run)
   c.evaluate.update(batches=8, batch=8, speed_repeats=2)
   return c
