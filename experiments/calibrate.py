@@ -1,6 +1,6 @@
 """Only the scores: the teacher if need be, then one pass over calibration text.
 
-A run that is killed goes on where it last saved; more batches of the same text add to what is there.
+A killed run goes on where it last saved; more batches of the same text add to what is there.
 
 python -m experiments.calibrate --config=configs/quickstart.py [--config.KEY=VALUE]
 """

@@ -273,16 +273,22 @@ def calibrate(
     scores = _add(model, scores, programs, number, batch, names)
     if path is not None and (number + 1) % every == 0:
       scores.save(path)
-  if not scores.weight:
-    if spec.reads_batches():
-      what = "calibration: no batch holds a real token"
-      raise ValueError(what + (", and depth scores need some" if spec.depth or spec.noop else ""))
-    scores = dataclasses.replace(scores, weight=1.0)
+  scores = _weighed(scores, spec)
   if spec.depth == "greedy":
     scores = _greedy(model, scores, batches, path)
   if path is not None:
     scores.save(path)
   return scores
+
+
+def _weighed(scores: Scores, spec: Spec) -> Scores:
+  """Returns the scores with weight 1 where no batch is read."""
+  if scores.weight:
+    return scores
+  if spec.reads_batches():
+    what = "calibration: no batch holds a real token"
+    raise ValueError(what + (", and depth scores need some" if spec.depth or spec.noop else ""))
+  return dataclasses.replace(scores, weight=1.0)
 
 
 def _add(model: Model, scores: Scores, programs, number: int, batch: Batch, names) -> Scores:

@@ -194,7 +194,8 @@ def test_greedy_goes_on_with_the_blocks_that_are_gone(tmp_path):
   # As after a kill within the last turn, had the other block gone first.
   other = scores.meta["gone"][1]
   sums = {name: v for name, v in scores.sums.items() if name != "score_X"}
-  Scores(sums, scores.weight, {**scores.meta, "gone": [other]}, scores.means, scores.rows).save(path)
+  meta = {**scores.meta, "gone": [other]}
+  Scores(sums, scores.weight, meta, scores.means, scores.rows).save(path)
   assert run(path, depth="greedy").get("score_X")[other] == 0.0
   with pytest.raises(ValueError, match="'greedy' do not merge"):
     want.merge(want)

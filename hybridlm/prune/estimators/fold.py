@@ -31,6 +31,21 @@ def _blocks(cfg: ModelConfig, wanted) -> dict[str, Any]:
   return {name: cfg.blocks[int(name)] for name in wanted}
 
 
+def _products(loss: Loss, params, row: Mapping[str, Any], wanted) -> dict[str, Any]:
+  """Returns weight times gradient of one row's mean loss, for the projections that are scored."""
+  leaves = {name: {leaf: params["blocks"][name][leaf].astype(jnp.float32)
+                   for score in mine for leaf in owned(params["blocks"][name], score)}
+            for name, mine in wanted.items()}
+
+  def mean(leaves):
+    inner = {name: {**folder, **leaves.get(name, {})}
+             for name, folder in params["blocks"].items()}
+    sums = loss({**params, "blocks": inner}, None, row)
+    return sums["loss"] / jnp.maximum(sums["weight"], 1.0)
+
+  return jax.tree.map(jnp.multiply, leaves, jax.grad(mean)(leaves))
+
+
 # Programs are kept, so that calibrations of one config and spec compile once.
 @functools.lru_cache(maxsize=16)
 def taps(cfg: ModelConfig, apply: Apply, chosen: Chosen) -> Callable[..., Rows] | None:
@@ -77,17 +92,7 @@ def gradients(
   blocks = _blocks(cfg, wanted)
 
   def one(params, row):
-    leaves = {name: {leaf: params["blocks"][name][leaf].astype(jnp.float32)
-                     for score in mine for leaf in owned(params["blocks"][name], score)}
-              for name, mine in wanted.items()}
-
-    def mean(leaves):
-      inner = {name: {**folder, **leaves.get(name, {})}
-               for name, folder in params["blocks"].items()}
-      sums = loss({**params, "blocks": inner}, None, row)
-      return sums["loss"] / jnp.maximum(sums["weight"], 1.0)
-
-    products = jax.tree.map(jnp.multiply, leaves, jax.grad(mean)(leaves))
+    products = _products(loss, params, row, wanted)
     share, rows = row["weight_BL"].mean(), {}
     for name, mine in wanted.items():
       seen = Seen(blocks[name], products[name])

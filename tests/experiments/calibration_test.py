@@ -1,0 +1,36 @@
+"""The calibration stage: killed, extended, refused, and the same under another mesh."""
+
+import numpy as np
+import pytest
+
+from cases import commands
+from experiments import calibration, cli, settings
+from hybridlm.prune import scores as scoring
+from hybridlm.prune.scores import Scores
+
+SPEC = ["--config.calibrate.estimator=activation,F=flap,N=ghost",
+        "--config.calibrate.axes=HFDJN", "--config.calibrate.depth=window",
+        "--config.calibrate.window=1", "--config.calibrate.noop=kl",
+        "--config.calibrate.save_every=1"]
+ARGS = [commands.TOY, "--workdir=job", *SPEC]
+
+
+def test_more_batches_add_to_the_scores_an_earlier_run_left_on_any_mesh(place):
+  more = ["--config.calibrate.batches=4"]
+  wide = ["--config.mesh.data=2", "--workdir=wide"]
+  calls = [("calibrate", ARGS), ("calibrate", [*ARGS, *more])]
+  done = commands.drive(calls, cwd=place)
+  assert [code for code, _, _ in done] == [0, 0], done
+  extended = Scores.load(place / "job" / "calibrate" / calibration.SCORES)
+  assert len(extended.rows) == 8  # those of two batches of two, and as many again
+  done = commands.drive(
+    [("calibrate", [*ARGS, *more, *wide])], cwd=place,
+    XLA_FLAGS="--xla_force_host_platform_device_count=2")
+  assert done[0][0] == 0, done
+  fresh = Scores.load(place / "wide" / "calibrate" / calibration.SCORES)
+  assert sorted(fresh.rows) == sorted(extended.rows) and fresh.meta == extended.meta
+  assert fresh.meta["window"] == 1 and "score_ssm_X" in fresh.sums
+  for path in fresh.sums:
+    one, two = fresh.get(path), extended.get(path)
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6 * two[np.isfinite(two)].max(),
+                               err_msg=path)
