@@ -8,23 +8,33 @@ import numpy as np
 import pytest
 
 import hybridlm
-from cases import checkpoints
+from cases import checkpoints, models
 from cases.checkpoints import CASES, CHUNK, LENGTHS
 from hybridlm import lazy
 from hybridlm.interop import huggingface
+from hybridlm.prune import plan as plans
+from hybridlm.prune.trees import tree_hash
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 TOLERANCE = 2e-4
 WITH_SSM = [case for case, (prefix, _) in CASES.items() if prefix not in ("Llama", "Nemotron")]
-TARGETS = {
+SIZES = {
   "P": {"P": 4},
   "H": {"H": 2},
   "F": {"F": 13},
   "D": {"D": 17},
   "J": {"J": 2},
-  "blocks": {"blocks": (0, 1, 3)},
-  "all": {"P": 3, "H": 2, "F": 11, "D": 19, "J": 1, "blocks": (1, 2, 3, 4)},
+  "K": {"K": 1},
+  "E": {"E": 5},
+  "N": {"N": 3},
+  "G": {"G": 1},
+  "V": {"V": 21},
+  "blocks": {"X": (0, 1, 3)},
+  "all": {
+    "P": 3, "H": 2, "F": 11, "D": 19, "J": 1, "K": 1, "E": 5, "N": 3, "G": 1, "V": 23,
+    "X": (1, 2, 3, 4),
+  },
 }
 
 
@@ -121,18 +131,39 @@ def test_below_the_limit_dt_is_clamped_in_prefill_and_only_we_clamp_it_in_decode
   assert unlike > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("axis", TARGETS)
+@pytest.mark.parametrize("axis", SIZES)
 def test_a_pruned_hybrid_loads_in_transformers_with_equal_logits(axis, tmp_path):
   model = checkpoints.make("nemotron_h_g2")
   model.save_pretrained(tmp_path / "theirs")
   cfg, params = opened(tmp_path / "theirs")
-  scores = hybridlm.calibrate(cfg, params, [], estimator="random", seed=1)
-  small_cfg, small = hybridlm.cut(cfg, params, hybridlm.plan(cfg, scores, TARGETS[axis]))
+  small_cfg, small = hybridlm.cut(cfg, params, models.plan(cfg, params, SIZES[axis]))
   huggingface.write(tmp_path / "ours", small_cfg, lazy.of(small), like=tmp_path / "theirs")
   found = compare(small_cfg, small, checkpoints.load(tmp_path / "ours"), LENGTHS[-1:])
   print(f"\npruned {axis:7} {small_cfg.pattern:6} {found[0]:.1e}")
   assert max(found) <= TOLERANCE
   assert huggingface.open(tmp_path / "ours")[0].replace(chunk=CHUNK) == small_cfg
+
+
+@pytest.mark.parametrize("case, pairs", [
+  ("llama", "every second"), ("llama", "first"), ("nemotron_bias", "first"), ("bamba_g1", "first"),
+])
+def test_kept_rotary_pairs_turn_in_transformers_as_they_did(case, pairs, tmp_path):
+  model = checkpoints.make(case)
+  model.save_pretrained(tmp_path / "theirs")
+  cfg, params = opened(tmp_path / "theirs")
+  keep = {}
+  for index, block in enumerate(cfg.blocks):
+    if block.symbol == "*":
+      half = plans.pairs(block)
+      rows = np.arange(0, half, 2) if pairs == "every second" else np.arange(half - 1)
+      channels = [*rows, *(rows + half), *range(2 * half, block.E)]
+      keep[f"{index:02d}"] = {"keep_E": channels}
+  plan = hybridlm.Plan(cfg, tree_hash(params), keep)
+  small_cfg, small = hybridlm.cut(cfg, params, plan)
+  huggingface.write(tmp_path / "ours", small_cfg, lazy.of(small), like=tmp_path / "theirs")
+  found = compare(small_cfg, small, checkpoints.load(tmp_path / "ours"), LENGTHS[-1:])
+  print(f"\n{case:16} {pairs:12} {found[0]:.1e}")
+  assert max(found) <= TOLERANCE
 
 
 def test_a_tied_hybrid_gets_a_head_of_its_own_where_the_class_does_not_tie(tmp_path):
