@@ -1,11 +1,15 @@
 """The calibration stage: killed, extended, refused, and the same under another mesh."""
 
+import os
+import signal
+import subprocess
+import time
+
 import numpy as np
 import pytest
 
 from cases import commands
-from experiments import calibration, cli, settings
-from hybridlm.prune import scores as scoring
+from experiments import calibration
 from hybridlm.prune.scores import Scores
 
 SPEC = ["--config.calibrate.estimator=activation,F=flap,N=ghost",
@@ -34,3 +38,27 @@ def test_more_batches_add_to_the_scores_an_earlier_run_left_on_any_mesh(place):
     one, two = fresh.get(path), extended.get(path)
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6 * two[np.isfinite(two)].max(),
                                err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_killed_calibration_goes_on_from_the_rows_it_had_saved(place):
+  many = ["--config.calibrate.batches=40"]
+  process = subprocess.Popen(
+    commands.command("calibrate", *ARGS, *many), cwd=place, env=commands.environment(),
+    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  saved = place / "job" / "calibrate.partial" / calibration.SCORES
+  while not saved.is_file():
+    assert process.poll() is None
+    time.sleep(0.005)
+  os.kill(process.pid, signal.SIGKILL)
+  process.communicate()
+  before = len(Scores.load(saved).rows)
+  assert 0 < before < 80
+  done = commands.drive([
+    ("calibrate", [*ARGS, *many]), ("calibrate", [*ARGS, *many, "--workdir=calm"])], cwd=place)
+  assert [code for code, _, _ in done] == [0, 0] and "calibrate: resume" in done[0][1], done
+  one, two = (Scores.load(place / job / "calibrate" / calibration.SCORES)
+              for job in ("job", "calm"))
+  assert one.rows == two.rows and one.meta == two.meta
+  for path in two.sums:
+    np.testing.assert_array_equal(one.sums[path], two.sums[path], err_msg=path)
