@@ -78,6 +78,107 @@ def search() -> ml_collections.ConfigDict:
   return c
 
 
+def calibrate() -> ml_collections.ConfigDict:
+  """What is scored, how, and on which text."""
+  c = ml_collections.ConfigDict()
+  # A name, or one with exceptions by letter: "activation,F=flap,N=ghost" (docs/estimators.md).
+  c.estimator = "activation"
+  c.axes = "HPFDJ"  # letters of HPGFDJKENV
+  # "kl", "mse", "greedy", "influence" or "window" also scores whole blocks.
+  c.depth = config_dict.placeholder(str)
+  c.window = config_dict.placeholder(int)  # blocks that go together, for "window"
+  c.noop = config_dict.placeholder(str)  # "kl" also scores blocks without their SSM
+  c.save_every = 4  # batches between saves of what is done
+  c.split = "train"
+  c.batches = 16
+  c.batch = 8
+  return c
+
+
+def targets() -> ml_collections.ConfigDict:
+  """Sizes of the small model; unset: the parent's."""
+  c = ml_collections.ConfigDict()
+  # H is heads a group, `heads` heads a block: two units. An inside axis takes pairs of a block and
+  # its size too: F = ((1, 16), (3, 8)); N = 0 leaves a block its convolution, gate and norm alone.
+  # `blocks` is how many blocks stay, or which; `layers` how many pairs of a mixer and an MLP;
+  # `noop` of how many blocks, or of which, N is 0; `floors` how many blocks of a kind stay at
+  # least: (("*", 2),).
+  for name in (
+    "D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "layers", "noop", "floors"
+  ):
+    c[name] = config_dict.placeholder(object)
+  return c
+
+
+def repair() -> ml_collections.ConfigDict:
+  """The cut model's output projections by least squares, before distillation."""
+  c = ml_collections.ConfigDict()
+  c.run = "none"  # or "least_squares"
+  c.ridge = 1e-3  # of the inputs' mean square: how strongly changes are held back
+  c.order = "one_by_one"  # each block on repaired ones before it, or "together"
+  c.target = "out"  # what is matched: the stream after a block, or "mix": its own output
+  c.gain = "none"  # "rescale" first gives each norm the factor that fits
+  c.split = "train"
+  c.batches = 16
+  c.batch = 8
+  return c
+
+
+def evaluate() -> ml_collections.ConfigDict:
+  """Where and on how much text models are measured."""
+  c = ml_collections.ConfigDict()
+  c.inside = "main"
+  c.outside = "other"
+  c.split = "test"
+  c.batch = 8
+  c.batches = 32  # at most, spread evenly over the split
+  c.speed_repeats = 5
+  c.ngram = 6  # largest order of the byte n-gram baselines; 0 leaves them out
+  return c
+
+
+def findings() -> ml_collections.ConfigDict:
+  """A study of the teacher's Mamba heads before distillation: which are kept, and how many."""
+  c = ml_collections.ConfigDict()
+  c.heads = ()  # heads a group to keep, e.g. (5, 3); empty leaves the study out
+  c.seeds = 1  # calibration samples
+  c.calibration = 4  # batches a sample
+  c.batch = 8
+  c.batches = 8  # of the validation split, where losses are measured
+  return c
+
+
+def budget() -> ml_collections.ConfigDict:
+  """What the small model may cost at most, several bounds at once; unset: no bound."""
+  # Time is that of this device as measured (`experiments.timings`), or of a named one by its
+  # published peaks.
+  c = ml_collections.ConfigDict()
+  c.parameters = config_dict.placeholder(int)
+  for name in ("memory_gib", "prefill_ms", "decode_ms", "tokens_per_second"):
+    c[name] = config_dict.placeholder(float)
+  c.context = 8192  # tokens a sequence
+  c.batch = 1  # sequences
+  c.device = ""  # "" or one of hybridlm/prune/devices.py: "h100", "v5p", ..
+  for name in ("weight_dtype", "kv_dtype", "conv_dtype"):
+    c[name] = config_dict.placeholder(str)  # in memory; unset: the compute dtype
+  c.ssm_dtype = "float32"
+  return c
+
+
+def rules() -> ml_collections.ConfigDict:
+  """What the small model must be, whatever it costs."""
+  c = ml_collections.ConfigDict()
+  c.divisors = ml_collections.ConfigDict()  # letter, "heads" or "blocks" -> a divisor
+  for name in ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks"):
+    c.divisors[name] = 1
+  c.floors = ()  # (("*", 2),): at least so many blocks of a kind
+  c.conv_multiple = 1  # channels of a convolution; CUDA kernels take multiples of 8
+  c.shards = ()  # numbers of devices that a server must be able to split the model over
+  c.inner_share = 0.0  # heads x channels at least this share of the parent's
+  c.family = config_dict.placeholder(str)  # that must be able to express it; "any"
+  return c
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns the tree of defaults."""
   c = ml_collections.ConfigDict()
@@ -101,48 +202,19 @@ def get_config() -> ml_collections.ConfigDict:
   # package. Empty: pretrain a teacher, once, and cache it.
   c.teacher.path = ""
 
-  c.calibrate = ml_collections.ConfigDict()
-  # A name, or one with exceptions by letter: "activation,F=flap,N=ghost" (docs/estimators.md).
-  c.calibrate.estimator = "activation"
-  c.calibrate.axes = "HPFDJ"  # letters of HPGFDJKENV
-  # "kl", "mse", "greedy", "influence" or "window" also scores whole blocks.
-  c.calibrate.depth = config_dict.placeholder(str)
-  c.calibrate.window = config_dict.placeholder(int)  # blocks that go together, for "window"
-  c.calibrate.noop = config_dict.placeholder(str)  # "kl" also scores blocks without their SSM
-  c.calibrate.save_every = 4  # batches between saves of what is done
-  c.calibrate.split = "train"
-  c.calibrate.batches = 16
-  c.calibrate.batch = 8
+  c.calibrate = calibrate()
 
   c.plan = ml_collections.ConfigDict()
   # A manifest to replay on the same teacher, with every target unset, or "search": the best that
   # the search finds.
   c.plan.path = ""
 
-  c.targets = ml_collections.ConfigDict()
-  # Sizes of the small model; unset: the parent's. H is heads a group, `heads` heads a block: two
-  # units. An inside axis takes pairs of a block and its size too: F = ((1, 16), (3, 8)); N = 0
-  # leaves a block its convolution, gate and norm alone. `blocks` is how many blocks stay, or which;
-  # `layers` how many pairs of a mixer and an MLP; `noop` of how many blocks, or of which, N is 0;
-  # `floors` how many blocks of a kind stay at least: (("*", 2),).
-  for name in (
-    "D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "layers", "noop", "floors"
-  ):
-    c.targets[name] = config_dict.placeholder(object)
+  c.targets = targets()
   # Rounds before that, each cut and distilled on the way: ({"targets": {"D": 176}, "distil":
   # {"steps": 100}}, ...). What a round's distillation does not say is as below.
   c.schedule = ()
 
-  # The cut model's output projections by least squares, before distillation: "least_squares".
-  c.repair = ml_collections.ConfigDict()
-  c.repair.run = "none"
-  c.repair.ridge = 1e-3  # of the inputs' mean square: how strongly changes are held back
-  c.repair.order = "one_by_one"  # each block on repaired ones before it, or "together"
-  c.repair.target = "out"  # what is matched: the stream after a block, or "mix": its own output
-  c.repair.gain = "none"  # "rescale" first gives each norm the factor that fits
-  c.repair.split = "train"
-  c.repair.batches = 16
-  c.repair.batch = 8
+  c.repair = repair()
 
   # A short continued training of the teacher on the student's text: "before" everything, or
   # "beside" it, for the distillation alone. A fifth of the peak that the teacher was trained with.
@@ -162,48 +234,15 @@ def get_config() -> ml_collections.ConfigDict:
   # The same sizes from scratch on the tokens distillation saw; "none" leaves the baseline out.
   c.scratch = ml_collections.ConfigDict({"run": "same", "peak": 3e-3})
 
-  c.evaluate = ml_collections.ConfigDict()
-  c.evaluate.inside = "main"
-  c.evaluate.outside = "other"
-  c.evaluate.split = "test"
-  c.evaluate.batch = 8
-  c.evaluate.batches = 32  # at most, spread evenly over the split
-  c.evaluate.speed_repeats = 5
-  c.evaluate.ngram = 6  # largest order of the byte n-gram baselines; 0 leaves them out
+  c.evaluate = evaluate()
 
-  # A study of the teacher's Mamba heads before distillation: which are kept, and how many.
-  c.findings = ml_collections.ConfigDict()
-  c.findings.heads = ()  # heads a group to keep, e.g. (5, 3); empty leaves the study out
-  c.findings.seeds = 1  # calibration samples
-  c.findings.calibration = 4  # batches a sample
-  c.findings.batch = 8
-  c.findings.batches = 8  # of the validation split, where losses are measured
+  c.findings = findings()
 
   c.search = search()
 
-  # What the small model may cost at most, several bounds at once; unset: no bound. Time is that of
-  # this device as measured (`experiments.timings`), or of a named one by its published peaks.
-  c.budget = ml_collections.ConfigDict()
-  c.budget.parameters = config_dict.placeholder(int)
-  for name in ("memory_gib", "prefill_ms", "decode_ms", "tokens_per_second"):
-    c.budget[name] = config_dict.placeholder(float)
-  c.budget.context = 8192  # tokens a sequence
-  c.budget.batch = 1  # sequences
-  c.budget.device = ""  # "" or one of hybridlm/prune/devices.py: "h100", "v5p", ..
-  for name in ("weight_dtype", "kv_dtype", "conv_dtype"):
-    c.budget[name] = config_dict.placeholder(str)  # in memory; unset: the compute dtype
-  c.budget.ssm_dtype = "float32"
+  c.budget = budget()
 
-  # What the small model must be, whatever it costs.
-  c.rules = ml_collections.ConfigDict()
-  c.rules.divisors = ml_collections.ConfigDict()  # letter, "heads" or "blocks" -> a divisor
-  for name in ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks"):
-    c.rules.divisors[name] = 1
-  c.rules.floors = ()  # (("*", 2),): at least so many blocks of a kind
-  c.rules.conv_multiple = 1  # channels of a convolution; CUDA kernels take multiples of 8
-  c.rules.shards = ()  # numbers of devices that a server must be able to split the model over
-  c.rules.inner_share = 0.0  # heads x channels at least this share of the parent's
-  c.rules.family = config_dict.placeholder(str)  # that must be able to express it; "any"
+  c.rules = rules()
 
   c.tokenizer = ml_collections.ConfigDict()  # what `experiments.tokenizer` trains
   c.tokenizer.V = 4096
