@@ -35,7 +35,7 @@ def text(s: Setup) -> str:
   ]
   if run.method == "milp":
     blocks = space.blockwise(s.cfg, sizes.choices)
-    lines.append(f"block by block: {float(blocks.size):.3g} candidates, "
+    lines.append(f"block by block: about 10^{len(str(blocks.size)) - 1} candidates, "
                  f"{sum(map(len, blocks.options)):,} options to score")
   return "\n".join([*lines, table(judge, sizes, found, named(s))])
 
