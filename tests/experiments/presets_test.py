@@ -111,8 +111,8 @@ def test_a_dry_run_of_a_published_compression_allocates_nothing(tmp_path, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_runs_from_text_to_report(tmp_path, name):
-  few = ["teacher.steps=6", "distil.steps=6", "search.rungs=(2,)", "search.candidates=20",
-         "evaluate.batches=2", "data.length=64"]
+  few = ["teacher.steps=6", "teacher.warmup=1", "distil.steps=6", "distil.warmup=1",
+         "search.rungs=(2,)", "search.candidates=200", "evaluate.batches=2", "data.length=64"]
   argv = [f"--config=configs/{name}_twin.py", "--workdir=job",
           *(f"--config.{each}" for each in few)]
   (code, out, err), = commands.drive([("distill", argv)], cwd=tmp_path)
