@@ -37,9 +37,9 @@ def label(name: str) -> str:
 
 def ordered(names: Iterable[str]) -> list[str]:
   """Returns names of models in the order of the table's rows."""
-  def place(name: str) -> tuple[int, int]:
+  def place(name: str) -> tuple[float, int]:
     number, _, plain = name.removeprefix("round").rpartition("_")
-    late = len(NAMES) if plain not in ("teacher", "corrected") else 0
+    late = 0 if plain in ("teacher", "corrected") else math.inf
     return (int(number) if number else late, list(NAMES).index(plain))
 
   return sorted(names, key=place)
