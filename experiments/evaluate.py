@@ -20,7 +20,8 @@ def main(job: cli.Job) -> None:
   folders = pipeline.execute(job, "evaluate_cut", *baseline)
   if folders:
     results = artefacts.read_json(folders["evaluate_cut"] / "results.json")
-    print(report.table(report.HEADER, [report.row(key, results[key], None) for key in results]))
+    rows = [report.row(key, results[key], None) for key in report.ordered(results)]
+    print(report.table(report.HEADER, rows))
     for name in baseline:
       print(report.ngram_table(artefacts.read_json(folders[name] / "ngrams.json")))
 
