@@ -47,7 +47,7 @@ from hybridlm.prune.devices import Device
 from hybridlm.prune.latency import PHASES, Entry, Table
 
 COPIES, STEPS, TURNS = 3, 32, 7
-LEAST = 1e-8  # seconds: what noise may take a block's time down to
+LEAST = 0.1  # of a program's time over its blocks: what noise may take a block's time down to
 SMALL_V = 16  # rows of the head of one-block models
 
 
@@ -105,8 +105,8 @@ def measure(case: Case, found: Table, turns: int) -> Entry:
   if block is None:
     first = min((b for b, _ in cost.distinct(cfg)),
                 key=lambda b: latency.seconds(cfg, b, found, **options))
-    (taken,) = whole([cfg.replace(blocks=(first,))], turns=turns, **options)
-    taken -= latency.seconds(cfg, first, found, **options)
+    (both,) = whole([cfg.replace(blocks=(first,))], turns=turns, **options)
+    taken = max(both - latency.seconds(cfg, first, found, **options), LEAST * abs(both))
   else:
     alone = cfg.replace(V=SMALL_V, vocabulary=None, tied=False)
     runs = {
@@ -116,10 +116,11 @@ def measure(case: Case, found: Table, turns: int) -> Entry:
     seconds = roofline.take_turns(runs, turns)
     pairs = zip(seconds[1], seconds[1 + COPIES], strict=True)
     taken = statistics.median((many - one) / COPIES for one, many in pairs)
+    taken = max(taken, LEAST * statistics.median(seconds[1 + COPIES]) / (1 + COPIES))
   work = latency.work(cfg, block, phase, context, batch)
   kind = latency.HEAD if block is None else block.symbol
   own = latency.sizes(cfg, block)
-  return Entry(kind, own, phase, context, batch, max(taken, LEAST), *map(float, work))
+  return Entry(kind, own, phase, context, batch, taken, *map(float, work))
 
 
 def program(cfg: ModelConfig, phase: str, context: int, batch: int):

@@ -159,12 +159,9 @@ def inside(cfg: ModelConfig, targets: Targets, index: int, noop: bool = False) -
 def rotary(block: Attention, width: int) -> int:
   """Returns how many rotary pairs a head of `width` channels keeps: the parent's share, 1 at least.
 
-  No more channels without rotation are kept than there are.
+  Rounded to the nearest; so there are always channels enough without rotation for the rest.
   """
-  half = pairs(block)
-  share = (2 * half * width + block.E) // (2 * block.E)  # half * width / E, rounded to nearest
-  least = max(1, -(-(width - (block.E - 2 * half)) // 2))
-  return max(least, min(share, half, width // 2))
+  return max(1, (2 * pairs(block) * width + block.E) // (2 * block.E))
 
 
 def width(cfg: ModelConfig, targets: Targets) -> int:

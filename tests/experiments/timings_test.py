@@ -68,7 +68,7 @@ def test_real_blocks_are_measured_and_add_up_to_a_model(tmp_path, monkeypatch):
   found = timings.table(tmp_path, [cfg], turns=1, **PLACE)
   assert [entry[:1] + entry[2:5] for entry in found.entries] == [
     (kind, phase, 8, 1) for kind in ("M", latency.HEAD) for phase in sorted(latency.PHASES)]
-  assert all(entry.seconds >= timings.LEAST for entry in found.entries)
+  assert all(entry.seconds > 0 for entry in found.entries)
   for phase in latency.PHASES:
     both = sum(entry.seconds for entry in found.entries if entry.phase == phase)
     assert latency.estimate(cfg, found, phase=phase, context=8, batch=1) == pytest.approx(both)
