@@ -24,7 +24,8 @@ def main(job: cli.Job) -> None:
     folder = folders[searching.NAME]
     found = (folder / "search.md").read_text(encoding="utf-8").splitlines()
     command = f"python -m experiments.search_picks --config={job.file}"
-    head = ["# search_picks", "", f"    {command}", "", f"Made on {evaluation.machine()}.", ""]
+    made = f"Made on {evaluation.machine()}: one teacher, one seed."
+    head = ["# search_picks", "", f"    {command}", "", made, ""]
     artefacts.write_bytes(RESULT, ("\n".join([*head, *found[2:]]) + "\n").encode())
     picture = RESULT.with_name(f"{RESULT.stem}.png")
     artefacts.write_bytes(picture, (folder / "pareto.png").read_bytes())

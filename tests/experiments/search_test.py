@@ -166,6 +166,8 @@ def test_a_census_counts_what_fits_and_finds_the_named_candidate(stage):
   assert f"{top:,}" in text.split("largest that fits")[1].splitlines()[0]
   row = text.split("| search.winner |")[1]
   assert "divisor: F=12 is not a multiple of 8" in row
+  c.search.method = "milp"  # two options of M, three of the MLP, two of attention, two of D
+  assert "block by block: about 10^1 candidates, 7 options to score" in census.text(s)
   c.search.winner.F = 13
   with pytest.raises(ValueError, match="search.winner: .*F=13.* is not in the search space"):
     census.text(s)
