@@ -40,9 +40,11 @@ def stage(s: Setup) -> Stage:
   same text, only the new ones are computed.
 
   Raises:
-    ValueError: depth estimators that do not fit the teacher.
+    ValueError: depth estimators that do not fit the teacher, or no batch between saves.
   """
   run, wanted = s.c.calibrate, spec(s)
+  if run.save_every < 1:
+    raise ValueError(f"calibrate.save_every={run.save_every} must be at least 1")
   with about("calibrate"):
     depths.check(s.cfg, run.depth, run.window, run.noop)
 

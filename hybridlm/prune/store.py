@@ -258,6 +258,8 @@ def calibrate(
     ValueError: an unknown estimator or axis, or one that does not go with the other; no real token;
       activations that are not finite; a store of another calibration or of more data.
   """
+  if every < 1:
+    raise ValueError(f"score store: every={every} batches between saves must be at least 1")
   depths.check(model.cfg, spec.depth, spec.window, spec.noop)
   programs = _programs(model, spec)
   key, batches = fingerprint(model.cfg, model.params, spec), list(batches)

@@ -201,6 +201,11 @@ def test_greedy_goes_on_with_the_blocks_that_are_gone(tmp_path):
     want.merge(want)
 
 
+def test_saves_are_at_least_a_batch_apart(tmp_path):
+  with pytest.raises(ValueError, match="every=0 batches between saves must be at least 1"):
+    run(tmp_path / "scores.npz", every=0)
+
+
 def test_the_order_of_letters_is_no_difference(tmp_path):
   path = tmp_path / "scores.npz"
   whole().save(path)
