@@ -6,6 +6,7 @@ so may parts in the middle where only one number fits. `STAGE.parameters` counts
 """
 
 import difflib
+import json
 import math
 import pathlib
 import statistics
@@ -28,12 +29,16 @@ COLUMNS = {
     "evaluate_cut.pruned.inside.bits_per_byte", "evaluate_cut.pruned.outside.bits_per_byte",
     "evaluate_cut.pruned.inside.kl",
   ),
-  "search": ("search.score", "search.parameters"),
+  "search": (
+    "search.front.counts.scored", "search.winner.parameters", "search.winner.memory_bytes",
+    "search.winner.kl", "search.winner.valid_kl", "search.winner.valid_ce",
+  ),
   "prune": ("teacher.parameters", "cut.parameters", "cut.verified.masked_against_cut"),
   "calibrate": ("teacher.parameters",),
 }
 # Of every artefact: how it was made, and what its model is.
 _APART = ("inputs.json", "done.json")
+_FRONT = "front.json"  # of a search: its winner, and what short distillations came to
 
 
 def numbers(job: pathlib.Path, cache: pathlib.Path) -> dict[str, float]:
@@ -49,7 +54,19 @@ def numbers(job: pathlib.Path, cache: pathlib.Path) -> dict[str, float]:
         found |= {key: value for key, value in flat.items() if _number(value)}
     if (stage / artefacts.MODEL).is_dir():
       found[f"{name}.parameters"] = config.parameters(artefacts.load_model_config(stage))
+    if (stage / _FRONT).is_file():
+      flat = stages.flat({name: {"winner": _winner(stage)}})
+      found |= {key: value for key, value in flat.items() if _number(value)}
   return found
+
+
+def _winner(search: pathlib.Path) -> dict[str, Any]:
+  """Returns what a search wrote about its winner: costs, masked loss, losses of its last rung."""
+  front = artefacts.read_json(search / _FRONT)
+  lines = (search / "candidates.jsonl").read_text(encoding="utf-8").splitlines()
+  records = [record for record in map(json.loads, lines) if record["id"] == front["winner"]]
+  rungs = [rung for rung in front["rungs"] if rung["id"].partition("@")[0] == front["winner"]]
+  return (records[-1] if records else {}) | (rungs[-1] if rungs else {})
 
 
 def _stages(job: pathlib.Path, cache: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -271,6 +271,20 @@ def test_a_column_may_leave_out_what_is_plain_and_an_unknown_one_is_named(swept,
   assert "evaluate_end.results.distilled.inside.bits_per_byte" in page
 
 
+def test_a_search_tells_of_its_winner_and_its_last_rung(tmp_path):
+  stage = tmp_path / "job" / "search"
+  rungs = [{"id": name, "valid_kl": kl} for name, kl in (("a@2", 3.0), ("b@2", 9.0), ("a@4", 2.0))]
+  front = {"winner": "a", "rungs": rungs, "counts": {"scored": 7}}
+  artefacts.write_json(stage / "front.json", front)
+  records = [{"id": "b", "kl": 8.0}, {"id": "a", "kl": 5.0, "parameters": 70}]
+  artefacts.write_bytes(stage / "candidates.jsonl", "\n".join(map(json.dumps, records)).encode())
+  artefacts.write_json(stage / "inputs.json", {"config": {}, "needs": {}})
+  artefacts.write_json(stage / "done.json", {"files": {}})
+  found = sweep_table.numbers(tmp_path / "job", tmp_path)
+  picked = [sweep_table.pick(found, column) for column in sweep_table.COLUMNS["search"]]
+  assert picked == [7, 70, None, 5.0, 2.0, None]
+
+
 @pytest.mark.parametrize("argv, words", [
   (["--sweep=distil.stesp=3,4"], "config key 'distil.stesp' is unknown; nearest: distil.steps"),
   (["--sweep=distil.steps=3,four"], "distil.steps"),
