@@ -2,8 +2,9 @@ r"""The job `mamba2_1p3b_to_780m` with every size made for two CPU cores: Mamba-
 
 python -m experiments.distill --config=configs/mamba2_1p3b_to_780m_twin.py
 
-Cost: TIME on two CPU cores, teacher included.
-Expect: EXPECT
+Cost: some minutes on two CPU cores, most of them compilation; the teacher is cached.
+Expect: a search table whose winner has at most 245,000 parameters, and a report that sets the
+distilled model beside the same sizes trained from scratch on the same tokens.
 """
 
 from configs import mamba2_1p3b_to_780m

@@ -2,8 +2,9 @@ r"""The job `minitron_dense` with every size made for two CPU cores: attention a
 
 python -m experiments.distill --config=configs/minitron_dense_twin.py
 
-Cost: TIME on two CPU cores, teacher included.
-Expect: EXPECT
+Cost: some minutes on two CPU cores, most of them compilation; the teacher is cached.
+Expect: a search table whose winner has at most 270,000 of the parent's 481,536 parameters, and a
+report in which distillation brings back part of the loss that the cut cost.
 """
 
 from configs import minitron_dense

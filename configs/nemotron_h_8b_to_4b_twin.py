@@ -2,8 +2,9 @@ r"""The search and the distillation of `nemotron_h_8b_to_4b`, every size made fo
 
 python -m experiments.distill --config=configs/nemotron_h_8b_to_4b_twin.py
 
-Cost: TIME on two CPU cores, teacher included.
-Expect: EXPECT
+Cost: some minutes on two CPU cores, most of them compilation; the teacher is cached.
+Expect: a search table whose winner has at most 265,000 of the parent's 463,424 parameters, and a
+report in which distillation brings back most of the loss that the cut cost.
 """
 
 from configs import nemotron_h_8b_to_4b
