@@ -1,6 +1,7 @@
 """Which candidates may be: rules and budgets, each refusal with its value and its limit."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -169,11 +170,28 @@ def over(cfg: ModelConfig, budget: Budget, source: Source = None) -> list[str]:
   return lines
 
 
-def _sizes(cfg: ModelConfig, letter: str) -> dict[int, int]:
-  """Returns the size each block has under a name of `Rules.divisors`."""
+def _each(cfg: ModelConfig, of: Callable[[Block], Any]) -> dict[int, Any]:
+  """Returns what `of` says of each block, where it says anything; of equal objects once."""
+  said: dict[int, Any] = {}
+  for block in cfg.blocks:
+    if id(block) not in said:
+      said[id(block)] = of(block)
+  if all(value is None for value in said.values()):
+    return {}
+  found = ((index, said[id(block)]) for index, block in enumerate(cfg.blocks))
+  return {index: value for index, value in found if value is not None}
+
+
+def _size(block: Block, letter: str) -> int | None:
+  """Returns the size a block has under a name of `Rules.divisors`."""
   if letter == "heads":
-    return {i: b.G * b.H for i, b in enumerate(cfg.blocks) if isinstance(b, MIXERS)}
-  return {i: getattr(b, letter) for i, b in enumerate(cfg.blocks) if letter in b.axes}
+    return block.G * block.H if isinstance(block, MIXERS) else None
+  return getattr(block, letter) if letter in block.axes else None
+
+
+def _undivided(block: Block, letter: str, divisor: int) -> int | None:
+  size = _size(block, letter)
+  return size if size is not None and size % divisor else None
 
 
 def _divisors(parent: ModelConfig, small: ModelConfig, rules: Rules) -> list[str]:
@@ -184,10 +202,11 @@ def _divisors(parent: ModelConfig, small: ModelConfig, rules: Rules) -> list[str
         len(each.blocks) if letter == "blocks" else getattr(each, letter)
         for each in (small, parent)
       )
-      sizes, free = {None: have}, {had}
+      wrong = {None: have} if have % divisor and have != had else {}
     else:
-      sizes, free = _sizes(small, letter), set(_sizes(parent, letter).values())
-    wrong = {index: size for index, size in sizes.items() if size % divisor and size not in free}
+      wrong = _each(small, functools.partial(_undivided, letter=letter, divisor=divisor))
+      free = set(_each(parent, functools.partial(_size, letter=letter)).values()) if wrong else ()
+      wrong = {index: size for index, size in wrong.items() if size not in free}
     lines += _grouped(wrong, lambda size, name=letter, per=divisor:
                       f"divisor: {name}={size} is not a multiple of {per}")
   return lines
@@ -215,8 +234,11 @@ def _floors(small: ModelConfig, rules: Rules) -> list[str]:
 
 
 def _convolutions(small: ModelConfig, rules: Rules) -> list[str]:
-  wrong = {index: costs.channels(block) for index, block in enumerate(small.blocks)
-           if costs.channels(block) % rules.conv_multiple}
+  def odd(block: Block) -> int | None:
+    channels = costs.channels(block)
+    return channels if channels % rules.conv_multiple else None
+
+  wrong = _each(small, odd)
   return _grouped(wrong, lambda channels: f"conv_multiple: {channels} channels of the convolution "
                   f"are not a multiple of {rules.conv_multiple}")
 
@@ -238,8 +260,7 @@ def unsplit(block: Block, shards: int) -> str | None:
 def _shards(small: ModelConfig, rules: Rules) -> list[str]:
   lines = []
   for shards in rules.shards:
-    found = {index: unsplit(block, shards) for index, block in enumerate(small.blocks)}
-    wrong = {index: why for index, why in found.items() if why}
+    wrong = _each(small, functools.partial(unsplit, shards=shards))
     lines += _grouped(wrong, lambda why, n=shards: f"shards: {why} do not split over {n} devices")
   return lines
 
@@ -247,12 +268,14 @@ def _shards(small: ModelConfig, rules: Rules) -> list[str]:
 def _inner(
   parent: ModelConfig, small: ModelConfig, rules: Rules, kept: Sequence[int] | None
 ) -> list[str]:
+  if not rules.inner_share:
+    return []
   had = {i: b.G * b.H * b.P for i, b in enumerate(parent.blocks) if isinstance(b, MIXERS)}
   if kept is None and len(small.blocks) == len(parent.blocks):
     kept = range(len(parent.blocks))
   wrong = {}
   for index, block in enumerate(small.blocks):
-    if isinstance(block, MIXERS) and rules.inner_share:
+    if isinstance(block, MIXERS):
       inner = block.G * block.H * block.P
       own = min(had.values()) if kept is None else had[kept[index]]
       if inner < rules.inner_share * own:
