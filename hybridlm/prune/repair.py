@@ -141,16 +141,16 @@ def repair(
     gain: one of `GAINS`.
 
   Raises:
-    ValueError: an unknown name, "out" for blocks that are fitted together, a ridge that is not positive, no real token, or activations that
-      are not finite; names the block.
+    ValueError: an unknown name, "out" for blocks that are fitted together, a ridge that is not
+      positive, no real token, or activations that are not finite; names the block.
   """
   for name, value, known in (("order", order, ORDERS), ("target", target, TARGETS),
                              ("gain", gain, GAINS)):
     if value not in known:
       raise ValueError(f"repair: {name}={value!r} is not one of {', '.join(known)}")
   if (order, target) == ("together", "out"):
-    raise ValueError("repair: target='out' needs order='one_by_one': at once, every block would make "
-                     "up for the same lack")
+    raise ValueError("repair: target='out' needs order='one_by_one': at once, every block would "
+                     "make up for the same lack")
   if not 0 < ridge < np.inf:
     raise ValueError(f"repair: ridge={ridge} must be positive")
   batches = [{name: jnp.asarray(batch[name]) for name in batch} for batch in batches]
