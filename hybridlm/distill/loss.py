@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# The logit of a row that is padding or does not stay: exp gives exactly 0, and differences of two give 0, not NaN.
+# The logit of a row that is padding or does not stay: exp gives exactly 0, and differences of two
+# give 0, not NaN.
 _OUT = -1e30
 # Tokens a chunk on the CPU, where a chunk's logits should stay in cache (measured, V = 1k to 4k).
 _CPU_TOKENS = 256
