@@ -71,15 +71,18 @@ def row_statistic(
 ) -> Float[Array, "B ..."]:
   """Returns w * (mean over real tokens of |a|)^2 for each row, w = real tokens / L, in float32."""
   real_B = weight_BL.sum(1)
-  summed = jnp.einsum("bl...,bl->b...", jnp.abs(a.astype(jnp.float32)), weight_BL)
+  # Chips that round the factors of a product in float32 would lose half the digits here.
+  summed = jnp.einsum(
+    "bl...,bl->b...", jnp.abs(a.astype(jnp.float32)), weight_BL, precision="highest")
   scale_B = 1.0 / (jnp.maximum(real_B, 1.0) * weight_BL.shape[1])
-  return jnp.einsum("b...,b->b...", jnp.square(summed), scale_B)
+  return jnp.einsum("b...,b->b...", jnp.square(summed), scale_B, precision="highest")
 
 
 def energy(a: Float[Array, "B L ..."], weight_BL: Float[Array, "B L"]) -> Float[Array, "B ..."]:
   """Returns the sum over real tokens of a^2, over L, for each row in float32."""
   squared = jnp.square(a.astype(jnp.float32))
-  return jnp.einsum("bl...,bl->b...", squared, weight_BL) / weight_BL.shape[1]
+  summed = jnp.einsum("bl...,bl->b...", squared, weight_BL, precision="highest")
+  return summed / weight_BL.shape[1]
 
 
 def total(w: Any, letters: str, keep: str) -> jax.Array:

@@ -39,8 +39,10 @@ def _flap(score: str) -> Statistic:
   def fold(seen: Seen) -> Moments:
     a = seen.taps[tap].astype(jnp.float32)
     real_B = jnp.maximum(seen.weight_BL.sum(1), 1.0)
-    mean_B = jnp.einsum("bl...,bl,b->b...", a, seen.weight_BL, 1.0 / real_B)
-    m2_B = jnp.einsum("bl...,bl->b...", jnp.square(a - mean_B[:, None]), seen.weight_BL)
+    exact = {"precision": "highest"}
+    mean_B = jnp.einsum("bl...,bl,b->b...", a, seen.weight_BL, 1.0 / real_B, **exact)
+    spread_BL = jnp.square(a - mean_B[:, None])
+    m2_B = jnp.einsum("bl...,bl->b...", spread_BL, seen.weight_BL, **exact)
     norms = _norms(seen, leaf)
     m2_B = total(m2_B * norms, f"B{letters}", f"B{axes.of(score)}")
     return Moments(mean_B * jnp.sqrt(norms), m2_B, letters)

@@ -90,7 +90,8 @@ def _states(seen: Seen) -> jax.Array:
   chunks = _inputs(seen, size)
   worth_CBGN = (_held(chunks) * _read(chunks)).sum(3)
   weight_CB = chunks[5][:, :, -1]
-  return jnp.einsum("CBGN,CB->BGN", worth_CBGN, weight_CB) * (size / length)
+  total_BGN = jnp.einsum("CBGN,CB->BGN", worth_CBGN, weight_CB, precision="highest")
+  return total_BGN * (size / length)
 
 
 GHOST = Estimator(
