@@ -103,6 +103,15 @@ def test_flops_of_a_feed_forward_model_are_two_a_weight():
   assert hybridlm.cost(cfg).prefill_flops == 2 * (2 * 16 * 24 + 16 * 31)
 
 
+def test_flops_of_a_scan_are_those_of_its_chunks_and_of_its_recurrence():
+  cfg = models.make(pattern="M", chunk=8)
+  inner, N = 2 * 4 * 6, 5
+  plain = 2 * 16 * (3 * inner + 2 * 2 * N + 8) + 2 * 4 * (inner + 2 * 2 * N) + 2 * 16 * 31
+  found = hybridlm.cost(cfg, context=64)
+  assert found.prefill_flops == plain + 2 * 8 * (2 * N + inner) + 4 * inner * N
+  assert found.decode_flops == plain + 6 * inner * N
+
+
 def test_a_block_without_its_ssm_computes_its_projections_and_convolution_alone():
   cfg = models.make(pattern="C")
   inner = 2 * 4 * 6

@@ -55,6 +55,8 @@ def test_what_was_measured_is_what_is_said():
   made = entries(cfg, "decode", [(64, 2)], lambda flops, moved: 1.0)
   own = [entry._replace(seconds=10.0 ** -i) for i, entry in enumerate(made)]
   timed = Table({"dtype": "float32"}, tuple(own))
+  other = entries(models.make(pattern="M-*", D=8, F=10), "decode", [(64, 2)], lambda *work: 7.0)
+  timed = timed.add(other)  # no line goes through both
   found = latency.estimate(cfg, timed, phase="decode", context=64, batch=2)
   assert found == pytest.approx(2 * 1.0 + 2 * 0.1 + 0.01 + 0.001)  # M twice, - twice, *, head
 
