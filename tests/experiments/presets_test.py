@@ -105,7 +105,7 @@ def test_a_dry_run_of_a_published_compression_allocates_nothing(tmp_path, capsys
   assert cli.call(search.main, line) == 0
   out = capsys.readouterr().out
   assert "search space: 180 uniform candidates" in out
-  assert "| 4,489,223,040 | 1.014e+04 |" in out and "feasible: " in out
+  assert "| 4,489,223,040 |" in out and "feasible: " in out
 
 
 @pytest.mark.slow
