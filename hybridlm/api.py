@@ -296,6 +296,7 @@ def verify(
   token_V = plan.tokens
   probe_BL = np.random.default_rng(0).integers(0, len(token_V), PROBE).astype(np.int32)
   masked, kept = cutting.mask(cfg, params, plan)
+  masked = cutting.as_rounded(cfg, masked, plan)
   exact = {"dtype": "float32"}
   want = apply(cfg.replace(**exact), masked, jnp.asarray(token_V[probe_BL]), kept=kept)[0]
   got = apply(small_cfg.replace(**exact), small, jnp.asarray(probe_BL))[0][..., : len(token_V)]

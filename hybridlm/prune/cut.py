@@ -88,8 +88,30 @@ def _keep_block(cfg: ModelConfig, small: ModelConfig, folder, plan: Plan, new: i
   for name in QUERIES:
     scale = query_scale(name, cfg.blocks[old], small.blocks[new])
     if name in done and scale != 1:
-      done[name] = (done[name].astype(jnp.float32) * scale).astype(done[name].dtype)
+      done[name] = _scaled(done[name], scale)
   return done
+
+
+def as_rounded(
+  cfg: ModelConfig, params: Mapping[str, Any], plan: Plan
+) -> dict[str, Any]:
+  """Returns the parent's parameters with queries as if scaled, rounded as `cut` does, and back.
+
+  In parameters of few bits the scaled queries are others by their rounding, and no error of a cut.
+  """
+  small, blocks = plan.small_config(cfg), dict(params["blocks"])
+  for new, old in enumerate(plan.blocks):
+    folder = dict(blocks[block_name(old)])
+    for name in QUERIES:
+      scale = query_scale(name, cfg.blocks[old], small.blocks[new])
+      if name in folder and scale != 1:
+        folder[name] = _scaled(folder[name], scale).astype(jnp.float32) / scale
+    blocks[block_name(old)] = folder
+  return {**params, "blocks": blocks}
+
+
+def _scaled(leaf: jax.Array, scale: np.float32) -> jax.Array:
+  return (leaf.astype(jnp.float32) * scale).astype(leaf.dtype)
 
 
 def check_sizes(cfg: ModelConfig, plan: Plan) -> None:

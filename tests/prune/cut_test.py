@@ -217,6 +217,19 @@ def test_a_verified_cut_of_every_axis_says_how_close_it_is_and_misses_no_scale()
     api.verify(cfg, params, plan, small_cfg, wrong)
 
 
+def test_heads_of_bfloat16_parameters_are_narrowed_and_verified_as_those_of_float32_are():
+  cfg = models.make("layernorm", pattern="*-")
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.params(cfg, 10.0))
+  plan = models.plan(cfg, params, {"E": 6})
+  small_cfg, small = hybridlm.cut(cfg, params, plan)
+  folder = {**small["blocks"]["00"]}
+  assert folder["w_q_DKJE"].dtype == jnp.bfloat16
+  folder["w_q_DKJE"] = folder["w_q_DKJE"] * jnp.bfloat16(1.01)
+  wrong = {**small, "blocks": {**small["blocks"], "00": folder}}
+  with pytest.raises(RuntimeError, match="logits differ"):
+    api.verify(cfg, params, plan, small_cfg, wrong)
+
+
 def test_a_block_without_a_state_is_cut_again_as_one_with_a_state_is():
   cfg = models.make("tied", pattern="C-")
   params = models.params(cfg, 10.0)
