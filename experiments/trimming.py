@@ -24,9 +24,11 @@ from hybridlm.prune import trees
 from hybridlm.prune.plan import Plan
 
 # Files that say again what tokenizer.json does, and keys that name ids which may be gone.
-_AGAIN = ("vocab.json", "merges.txt", "added_tokens.json")
+_AGAIN = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
 _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids",
           "sequence_bias")
+# Files with other keys of ids, which must stay, and how those keys end.
+_SETTINGS, _ID = ("tokenizer_config.json", beside.GENERATION), "_token_id"
 _SAMPLE = 200_000  # characters whose ids are turned back
 
 
@@ -76,7 +78,7 @@ def run(job: Job, texts: Sequence[str], *, say: Callable[[str], None]) -> Report
   found = beside.gather(job.model)
   count_V = trim.count(tokenizer, texts)
   with about(f"--V={job.V}"):
-    keep_V = trim.keep(tokenizer, count_V, V=job.V, also=_ids(found.ids))
+    keep_V = trim.keep(tokenizer, count_V, V=job.V, also=_ids(found))
   if job.format == "hf":
     huggingface.describe(_plan(cfg, "", keep_V).small_config(), job.family)
   small = Bpe(trim.trim(tokenizer, keep_V), end=_end(tokenizer), place="the trimmed tokenizer")
@@ -150,11 +152,11 @@ def _file(name: str, content: bytes, small: Bpe, new: Mapping[int, int]) -> byte
   """Returns what a file says of the new ids; None for one that tokenizer.json replaces."""
   if name in _AGAIN:
     return None
-  if name not in ("tokenizer_config.json", beside.GENERATION):
+  if name not in _SETTINGS:
     return content
   plain = folders.parse_json(content, name)
   made = {
-    key: _renumbered(value, new) if key.endswith("_token_id") else value
+    key: _renumbered(value, new) if key.endswith(_ID) else value
     for key, value in plain.items() if key not in _LISTS
   }
   if isinstance(made.get("added_tokens_decoder"), dict):
@@ -165,10 +167,14 @@ def _file(name: str, content: bytes, small: Bpe, new: Mapping[int, int]) -> byte
   return (json.dumps(made, indent=1) + "\n").encode()
 
 
-def _ids(ids: Mapping[str, Any]) -> list[int]:
-  """Returns the ids that a model's files name: of beginnings, ends and padding."""
-  values = (value if isinstance(value, list) else [value] for value in ids.values())
-  return [i for each in values for i in each if i >= 0]
+def _ids(found: beside.Beside) -> list[int]:
+  """Returns the ids that a model's files name: of beginnings, ends, padding and the like."""
+  values = list(found.ids.values())
+  for name in _SETTINGS:
+    plain = folders.parse_json(found.files.get(name, b"{}"), name)
+    values += [value for key, value in plain.items() if key.endswith(_ID)]
+  listed = (value if isinstance(value, list) else [value] for value in values)
+  return [i for each in listed for i in each if type(i) is int and i >= 0]
 
 
 def _renumbered(value: Any, new: Mapping[int, int]) -> Any:

@@ -139,6 +139,10 @@ def trim(tokenizer: Bpe, keep_V: Sequence[int] | Int32[np.ndarray, "kept"]) -> s
     {**added, "id": new[added["id"]]} for added in parts.get("added_tokens") or []
   ]
   parts["post_processor"] = _renumbered(parts.get("post_processor"), new)
+  padding = parts.get("padding")
+  if padding:
+    kept = padding["pad_id"] in new
+    parts["padding"] = {**padding, "pad_id": new[padding["pad_id"]]} if kept else None
   return json.dumps(parts, ensure_ascii=False) + "\n"
 
 
@@ -157,10 +161,21 @@ def _fixed(parts: Mapping[str, Any], vocab: Mapping[str, int]) -> set[int]:
 
 
 def _merges(parts: Mapping[str, Any], vocab: Mapping[str, int]) -> list[_Merge]:
-  """Returns the merges in their order; the JSON has them as pairs, or with a space between."""
+  """Returns the merges in their order; the JSON has them as pairs, or with a space between.
+
+  Raises:
+    ValueError: tokens are marked as beginnings or ends of words, or one of a merge is missing.
+  """
+  for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
+    if parts["model"].get(mark):
+      raise ValueError(f"the tokenizer marks parts of words ({mark}="
+                       f"{parts['model'][mark]!r}): its tokens are not their parts side by side")
   found = []
   for pair in parts["model"]["merges"]:
     left, right = pair.split(" ") if isinstance(pair, str) else pair
+    missing = [token for token in (left, right, left + right) if token not in vocab]
+    if missing:
+      raise ValueError(f"the tokenizer merges {left!r} and {right!r} and has no {missing[0]!r}")
     found.append(_Merge(vocab[left + right], (vocab[left], vocab[right])))
   return found
 

@@ -193,3 +193,30 @@ def test_sizes_and_choices_that_lose_text_are_refused():
   cat, = parent.encode(" cat")
   with pytest.raises(ValueError, match=f"keep_V keeps id {cat} without its parts"):
     trim.trim(parent, [*range(257), cat, 300])
+
+
+@pytest.mark.parametrize("change, message", [
+  ({"continuing_subword_prefix": "##"}, r"marks parts of words \(continuing_subword_prefix='##'\)"),
+  ({"end_of_word_suffix": "</w>"}, r"marks parts of words \(end_of_word_suffix='</w>'\)"),
+])
+def test_words_with_marked_parts_are_refused(change, message):
+  parent = tokenizers.train(TEXTS, V=300)
+  parts = json.loads(parent.text)
+  parts["model"] |= change
+  parent.text = json.dumps(parts)  # as one that the library reads would be
+  with pytest.raises(ValueError, match=message):
+    trim.keep(parent, np.zeros(parent.V, np.int64), V=270)
+  with pytest.raises(ValueError, match=message):
+    trim.trim(parent, range(300 + 1))
+
+
+def test_padding_has_the_new_id_or_none_where_its_token_goes():
+  parent = published(tokenizers.train(TEXTS, V=300).text)
+  padding = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
+             "pad_type_id": 0, "pad_token": "<end>"}
+  keep_V = trim.keep(parent, trim.count(parent, TEXTS), V=270)
+  gone = min(set(range(parent.V)) - set(keep_V.tolist()))
+  for old, new in ((parent.eot, 269), (gone, None)):
+    text = json.dumps(json.loads(parent.text) | {"padding": {**padding, "pad_id": old}})
+    made = json.loads(trim.trim(tokenizers.Bpe(text, end="<end>"), keep_V))["padding"]
+    assert made == (None if new is None else {**padding, "pad_id": new})

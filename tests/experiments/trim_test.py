@@ -102,6 +102,21 @@ def test_the_files_beside_the_model_speak_of_new_ids(place, capsys):
   assert tokenizers.load("small").eot == 268
 
 
+def test_ids_that_only_a_settings_file_names_stay_and_older_vocabularies_are_left_out(
+  place, capsys
+):
+  path = place / "model" / "generation_config.json"
+  gone = 290  # a merged token that the text does not need
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"forced_bos_token_id": gone}))
+  (place / "model" / "tokenizer.model").write_bytes(b"speaks of old ids")
+  assert run(*LINE) == 0, capsys.readouterr().err
+  remap = trimming.Remap.load(place / "small" / trimming.REMAP)
+  new, = np.flatnonzero(remap.keep_V == gone)
+  plain = json.loads((place / "small" / "generation_config.json").read_text())
+  assert plain["forced_bos_token_id"] == new
+  assert not (place / "small" / "tokenizer.model").exists()
+
+
 @pytest.mark.parametrize("argv, words", [
   (("--model=model", "--target=small"), "give --V="),
   (("--V=270", "--target=small"), "give --model=PATH, or --config=FILE"),
