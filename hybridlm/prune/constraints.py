@@ -14,7 +14,7 @@ from hybridlm.prune.devices import Device
 MIXERS = (Mamba, GatedConv)
 # Bound of a budget -> its unit, and whether the measured value must not be below it.
 BOUNDS: Mapping[str, tuple[str, bool]] = {
-  "parameters": ("", False), "memory_bytes": (" bytes", False), "prefill_seconds": (" s", False),
+  "parameters": ("", False), "memory_bytes": (" GiB", False), "prefill_seconds": (" s", False),
   "decode_seconds": (" s", False), "tokens_per_second": (" tokens/s", True),
 }
 TIMED = ("prefill_seconds", "decode_seconds", "tokens_per_second")
@@ -116,13 +116,25 @@ def _whole(name: str, value: Any, *, least: int = 1) -> None:
     raise ValueError(f"rules: {name}={value!r} must be a whole number of at least {least}")
 
 
-def say(name: str, value: Number) -> str:
-  """Returns a bound or a measured value as a reader takes it: `parameters 4,489,000,000`."""
-  unit, _ = BOUNDS[name]
-  if name == "memory_bytes":
-    return f"memory {value / 2**30:,.3f} GiB"
-  text = f"{value:,.0f}" if name == "parameters" else f"{value:,.4g}"
-  return f"{name.removesuffix('_seconds').replace('_', ' ')} {text}{unit}"
+def say(name: str, value: Number, *, digits: int = 4, met: bool = False) -> str:
+  """Returns a bound or a measured value as a reader takes it: `parameters 4,489,000,000`.
+
+  Args:
+    name: of `BOUNDS`.
+    value: of a bound, or measured.
+    digits: how many count, of what is no whole number.
+    met: rounds to the side on which the value meets what is said as a bound.
+  """
+  unit, least = BOUNDS[name]
+  if name == "parameters":
+    return f"parameters {value:,.0f}"
+  memory = name == "memory_bytes"
+  value = value / 2**30 if memory else value
+  places = max(3 if memory else 0, digits - 1 - math.floor(math.log10(value)))
+  if met:
+    value = (math.floor if least else math.ceil)(value * 10**places) / 10**places
+  name = "memory" if memory else name.removesuffix("_seconds").replace("_", " ")
+  return f"{name} {value:,.{places}f}{unit}"
 
 
 def measures(cfg: ModelConfig, budget: Budget, source: Source = None) -> dict[str, Number]:
@@ -166,7 +178,9 @@ def over(cfg: ModelConfig, budget: Budget, source: Source = None) -> list[str]:
     bound = getattr(budget, name)
     if excess(name, value, bound) > 1:
       word = "fewer" if BOUNDS[name][1] else "more"
-      lines.append(f"budget: {say(name, value)}, {word} than {say(name, bound)}")
+      said = [(say(name, value, digits=n), say(name, bound, digits=n)) for n in (4, 12)]
+      have, may = said[said[0][0] == said[0][1]]
+      lines.append(f"budget: {have}, {word} than {may}")
   return lines
 
 
@@ -348,7 +362,7 @@ def nearest(
 def refusal(budget: Budget, found: Nearest | None) -> str:
   """Returns one line on a budget that no candidate meets: the budget, and the nearest possible."""
   if found is None:
-    return f"budget {budget}: no candidate breaks no rule, so no budget is possible"
+    return f"budget {budget}: every candidate breaks a rule, so no budget is possible"
   wider = found.budget.bounds.items() - budget.bounds.items()
-  said = ", ".join(say(name, bound) for name, bound in sorted(wider))
+  said = ", ".join(say(name, bound, met=True) for name, bound in sorted(wider))
   return f"budget {budget}: no candidate fits; the nearest possible is {said}"

@@ -83,6 +83,7 @@ def test_shares_compare_with_the_block_it_was_where_that_is_known():
   assert reasons(targets, rules=SHARE, parent=parent) == ""  # the narrowest has 16
   found = reasons(targets, rules=SHARE, parent=parent, kept=[0, 1, 2])
   assert "16, fewer than 0.5 of the parent's 64 (block 02)" in found
+  assert reasons({"H": {2: 1}}, rules=SHARE, parent=parent) == found  # none goes: each is known
 
 
 def test_what_an_export_refuses_is_a_reason_and_a_bug_is_not():
@@ -156,6 +157,46 @@ def test_the_nearest_budget_is_that_of_the_least_worst_bound():
            for cfg in every]
   assert found.cfg == every[int(np.argmin(worst))]
   assert not constraints.reasons(PARENT, found.cfg, Rules(), found.budget)
+
+
+@pytest.mark.parametrize("name, value, said, bound", [
+  ("memory_bytes", 9_202_000_000, "memory 8.571 GiB", int(8.571 * 2**30)),
+  ("memory_bytes", 4_100_001, "memory 0.003819 GiB", int(0.003819 * 2**30)),
+  ("decode_seconds", 0.0123412, "decode 0.01235 s", 0.01235),
+  ("tokens_per_second", 12_345.6, "tokens per second 12,345 tokens/s", 12_345),
+])
+def test_the_nearest_budget_can_be_asked_for_as_it_is_said(name, value, said, bound):
+  assert constraints.say(name, value, met=True) == said
+  assert constraints.excess(name, value, bound) <= 1
+
+
+def test_a_bound_that_is_hardly_broken_differs_from_the_value_as_they_are_said():
+  whole = cost.cost(PARENT).total_bytes
+  line = reasons({}, budget=Budget(memory_bytes=whole - 1))
+  have, may = line.removeprefix("budget: memory ").split(", more than memory ")
+  assert have != may and float(have.split()[0]) * 2**30 == pytest.approx(whole, abs=0.5)
+
+
+def test_where_every_candidate_breaks_a_rule_no_budget_is_near():
+  said = constraints.refusal(Budget(parameters=10), None)
+  assert said == ("budget parameters 10 at context=8192, batch=1: every candidate breaks a rule, "
+                  "so no budget is possible")
+
+
+def test_a_budget_is_measured_in_its_dtypes_and_each_phase_at_its_place():
+  place, dtypes = {"context": 64, "batch": 2}, {
+    "weight_dtype": "int4", "kv_dtype": "int8", "conv_dtype": "bfloat16", "ssm_dtype": "float16"}
+  device = devices.Device({"float32": 1e9}, 1e9, 1e9)
+  budget = Budget(memory_bytes=1, prefill_seconds=1.0, decode_seconds=1.0, **place, **dtypes)
+  assert constraints.measures(PARENT, budget, device) == {
+    "memory_bytes": cost.cost(PARENT, **place, **dtypes).total_bytes,
+    "prefill_seconds": latency.estimate(PARENT, device, phase="prefill", **place),
+    "decode_seconds": latency.estimate(PARENT, device, phase="decode", **place),
+  }
+  for name in dtypes:
+    other = dataclasses.replace(budget, **{name: "float32"})
+    assert constraints.measures(PARENT, other, device) != constraints.measures(
+      PARENT, budget, device), name
 
 
 @pytest.mark.parametrize("make, message", [
