@@ -2,7 +2,6 @@
 
 import contextlib
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,4 +77,4 @@ def _bring(
   with contextlib.suppress(ValueError):
     held = store.held(earlier, key)
     store.rest(batches, held.rows)
-    shutil.copyfile(earlier, path)
+    held.save(path)

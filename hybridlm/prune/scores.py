@@ -24,7 +24,9 @@ from hybridlm.prune.estimators.table import REGISTRY, SCORE_OF, VERSION, parse
 __all__ = ["ESTIMATORS", "SCORE_OF", "VERSION", "Apply", "Loss", "Scores", "parse", "row_statistic"]
 ESTIMATORS = tuple(REGISTRY)
 # What two sets of scores must agree in before they are added.
-SAME = ("parameters", "estimator", "version", "dtype", "depth", "window", "noop", "rotary")
+SAME = (
+  "parameters", "config", "estimator", "version", "dtype", "depth", "window", "noop", "rotary",
+)
 MEAN = "/mean_"
 
 
@@ -40,8 +42,8 @@ class Scores:
   Attributes:
     sums: `07/score_F` and, of the whole model, `score_X` -> float64 sums over rows.
     weight: sum of w.
-    meta: parameters (SHA-256), estimator, version, dtype, data, tokens, readings, and the rest of
-      what decides the sums.
+    meta: parameters and config (SHA-256), estimator, version, dtype, data, tokens, readings, and
+      the rest of what decides the sums.
     means: `07/score_F/mean_F` -> means over tokens, of scores that are variances.
     rows: digests of the rows counted, where they are known: none is counted twice.
   """
@@ -88,8 +90,8 @@ class Scores:
     """Returns the scores of both calibrations together.
 
     Raises:
-      ValueError: they were made from other parameters, another estimator or another dtype; scores
-        that are no sums; or both count the same row.
+      ValueError: they were made from another model, another estimator or another dtype; scores that
+        are no sums; or both count the same row.
     """
     for key in SAME:
       one, two = self.meta.get(key), other.meta.get(key)

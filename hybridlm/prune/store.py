@@ -8,6 +8,7 @@ nothing else. Rows that a store holds are never computed again, whatever batches
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,8 +27,11 @@ from hybridlm.prune.trees import tree_hash
 
 # What a calibration is made from; where one differs, it is another.
 KEY = (
-  "parameters", "data", "estimator", "version", "axes", "dtype", "depth", "window", "noop", "seed",
+  "parameters", "config", "data", "estimator", "version", "axes", "dtype", "depth", "window",
+  "noop", "seed",
 )
+# Fields of a config by which it is computed, or made, the same: they change no score.
+FREE = ("context", "dtype", "remat", "init_std", "ssd", "chunk", "attention")
 Batch = Mapping[str, Any]
 
 
@@ -86,17 +90,23 @@ class Spec:
     return found | ({"score_X": "order"} if self.depth == "greedy" else {})
 
 
+def config_hash(cfg: ModelConfig) -> str:
+  """Returns the SHA-256 of what a config says that parameters do not: positions, windows, eps."""
+  plain = {name: value for name, value in cfg.to_dict().items() if name not in FREE}
+  return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(cfg: ModelConfig, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
-  """Returns all that decides a row's statistics: parameters, data, estimators and their version."""
+  """Returns all that decides a row's statistics: the model, data, estimators and their version."""
   axes = "".join(letter for letter in table.SCORE_OF if letter in spec.axes)
   drawn = "random" in spec.estimator
   seed, data = spec.seed if drawn else 0, spec.data
   if not spec.reads_batches():
     data = f"seed {seed}" if drawn else ""
   return {
-    "parameters": tree_hash(params), "data": data, "estimator": spec.estimator,
-    "version": table.VERSION, "axes": axes, "dtype": cfg.dtype, "depth": spec.depth,
-    "window": spec.window, "noop": spec.noop, "seed": seed,
+    "parameters": tree_hash(params), "config": config_hash(cfg), "data": data,
+    "estimator": spec.estimator, "version": table.VERSION, "axes": axes, "dtype": cfg.dtype,
+    "depth": spec.depth, "window": spec.window, "noop": spec.noop, "seed": seed,
   }
 
 
@@ -159,8 +169,8 @@ def rest(
 ) -> list[tuple[Batch, list[str]]]:
   """Returns `(batch, digests)` of what is still to be computed, in order.
 
-  Batches that hold rows counted already are put together anew, of the same size, and filled up with
-  padding.
+  Batches that hold rows counted already are put together anew with others of their length, of the
+  same size, and filled up with padding.
 
   Raises:
     ValueError: `rows` counts one that is in no batch: what it holds is more than was asked for.
@@ -180,7 +190,12 @@ def rest(
     raise ValueError(f"{name}: {more} rows it counts are not among the data given")
   if not any((mask != _real(batch)).any() for batch, mask in zip(batches, fresh, strict=True)):
     return list(zip(batches, named, strict=True))
-  return _packed(batches, named, fresh)
+  alike: dict[Any, list[int]] = {}
+  for number, batch in enumerate(batches):
+    shapes = tuple((key, np.shape(batch[key])[1:]) for key in sorted(batch))
+    alike.setdefault(shapes, []).append(number)
+  return [one for numbers in alike.values()
+          for one in _packed(*([part[n] for n in numbers] for part in (batches, named, fresh)))]
 
 
 def _packed(batches, named, fresh) -> list[tuple[Batch, list[str]]]:

@@ -122,6 +122,16 @@ def test_rows_scored_already_are_skipped_inside_batches_too(tmp_path):
     np.testing.assert_allclose(got.get(name), whole().get(name), rtol=1e-6, err_msg=name)
 
 
+def test_batches_of_two_lengths_go_on_in_batches_of_their_own(tmp_path):
+  path = tmp_path / "scores.npz"
+  given = [*batches()[:3], *models.batches(CFG, 2, (2, 11))]
+  with pytest.raises(KeyboardInterrupt):
+    run(path, given, place=Counting(fail=3))
+  rest = Counting()
+  same(run(path, given, place=rest), hybridlm.calibrate(CFG, params(), given, **SPEC))
+  assert rest.rows == 6
+
+
 def test_stores_of_two_hosts_merge_into_one_run(tmp_path):
   one, two = tmp_path / "one.npz", tmp_path / "two.npz"
   run(one, batches()[::2])
@@ -164,6 +174,10 @@ def test_a_store_of_other_parameters_dtype_or_version_is_refused(tmp_path, monke
     hybridlm.calibrate(CFG, models.params(CFG, seed=1), batches(), store=path, **SPEC)
   with pytest.raises(ValueError, match="its dtype is 'float32', not 'bfloat16'"):
     hybridlm.calibrate(CFG.replace(dtype="bfloat16"), params(), batches(), store=path, **SPEC)
+  with pytest.raises(ValueError, match="its config is"):  # no parameter says what eps is
+    hybridlm.calibrate(CFG.replace(eps=1e-3), params(), batches(), store=path, **SPEC)
+  same(hybridlm.calibrate(
+    CFG.replace(chunk=4, remat="block"), params(), batches(), store=path, **SPEC), whole())
   monkeypatch.setattr(store.table, "VERSION", 99)
   with pytest.raises(ValueError, match="its version is '2', not '99'"):
     run(path)
