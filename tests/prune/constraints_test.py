@@ -50,6 +50,12 @@ def test_each_rule_passes_what_keeps_it_and_names_what_does_not(rules, good, bad
   assert reason in reasons(bad, rules=rules) and reasons(bad, rules=rules).count("\n") < 2
 
 
+def test_of_many_blocks_that_break_a_rule_four_are_named():
+  parent = models.make(pattern="------")
+  assert reasons({"F": 7}, rules=Rules(divisors={"F": 5}), parent=parent) == (
+    "divisor: F=7 is not a multiple of 5 (block 00, 01, 02, 03 and 2 more)")
+
+
 def test_a_size_that_the_parent_has_is_no_ones_fault():
   rules = Rules(divisors={"D": 7, "F": 7, "P": 7, "heads": 7, "blocks": 5, "N": 3})
   assert reasons({}, rules=rules) == ""
@@ -201,6 +207,8 @@ def test_a_budget_is_measured_in_its_dtypes_and_each_phase_at_its_place():
 
 @pytest.mark.parametrize("make, message", [
   (lambda: Budget(parameters=0), "parameters=0 must be a positive number"),
+  (lambda: Budget(parameters=True), "parameters=True must be a positive number"),
+  (lambda: Rules(conv_multiple=True), "conv_multiple=True must be a whole number"),
   (lambda: Budget(decode_seconds=float("nan")), "decode_seconds=nan must be"),
   (lambda: Budget(context=0), "context=0 must be at least 1"),
   (lambda: Budget(kv_dtype="x"), "dtype 'x' is not one of"),

@@ -155,6 +155,9 @@ def test_layers_respect_floors_of_their_mixers():
   scores = scored(cfg, score_X=np.array([9, 9, 1, 1, 8, 8, 2, 2], float))
   assert select.plan(cfg, scores, {"layers": 2}).blocks == (0, 1, 4, 5)
   assert select.plan(cfg, scores, {"layers": 2, "floors": {"*": 1}}).blocks == (0, 1, 6, 7)
+  # Every layer has an MLP: a floor of MLPs takes no layer from a floor of mixers.
+  both = {"layers": 2, "floors": {"*": 1, "-": 2}}
+  assert select.plan(cfg, scores, both).blocks == (0, 1, 6, 7)
   with pytest.raises(ValueError, match="3 MLPs are more than the 2 layers that stay"):
     select.plan(cfg, scores, {"layers": 2, "floors": {"-": 3}})
 
@@ -257,6 +260,16 @@ def test_without_a_ranking_blocks_go_from_the_middle_an_equal_share_of_each_kind
   assert stay.best(stay.from_middle("MMMMM"), "MMMMM", 2, {}) == [0, 4]
 
 
+def test_a_ranking_names_every_block_once():
+  with pytest.raises(ValueError, match="order of 9 blocks: not each of them once"):
+    select.sized(model(), {"blocks": 2}, order_X=[0, 0, *range(2, 9)])
+
+
+def test_without_a_ranking_the_middle_loses_its_state():
+  cfg = models.make(pattern="MMMMM")
+  assert select.sized(cfg, {"noop": 2}).pattern == "MMCCM"
+
+
 def test_equal_blocks_of_a_candidate_are_one_object():
   small = select.sized(model(), {"F": 7, "H": 2, "D": 8})
   assert len({id(block) for block in small.blocks}) == 3
@@ -283,6 +296,9 @@ def test_equal_blocks_of_a_candidate_are_one_object():
   ({"blocks": [0, 1], "floors": {"*": 1}}, "floors: 0 blocks of kind \\* stay, fewer than 1"),
   ({"F": {"1": 3, 1: 4}}, "target F: block 1 is named twice"),
   ({"F": {1: True}}, "target F=True of block 1"),
+  ({"H": 2, "heads": 4}, "targets H and heads both given"),
+  ({"blocks": [-1, 0]}, "not distinct indices of the 9 blocks"),
+  ({"blocks": 10}, "target blocks=10: the parent has 9, keep 1 to 9"),
 ])
 def test_targets_that_cannot_be_met_name_target_value_block_and_rule(targets, message):
   cfg = model(Rope())
