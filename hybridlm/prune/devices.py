@@ -1,12 +1,12 @@
 """What accelerators can do at most, one chip each: published peaks, not measurements.
 
-Dense rates without structured sparsity. Float32 of a GPU is that of its plain cores. No page gives
-float32 products of a TPU: at full precision one takes six bfloat16 passes, and so that is what
-stands here. Sources, by name: "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" (Google Cloud TPU
-documentation); "NVIDIA A100 Tensor Core GPU", "NVIDIA H100 Tensor Core GPU", "NVIDIA H200 Tensor
-Core GPU", "NVIDIA A10G", "NVIDIA L4 Tensor Core GPU" and "NVIDIA L40S" data sheets; "NVIDIA Ada GPU
-Architecture" and "NVIDIA RTX Blackwell GPU Architecture" white papers (bfloat16 with float32
-accumulation).
+Dense rates without structured sparsity. Float32 means whole products: of a GPU's plain cores; no
+page gives them for a TPU, where one takes six bfloat16 passes, and so that is what stands here.
+JAX's default precision rounds the factors on these chips, and may run faster. Sources, by name:
+"TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" (Google Cloud TPU documentation); "NVIDIA A100 Tensor Core
+GPU", "NVIDIA H100 Tensor Core GPU", "NVIDIA H200 Tensor Core GPU", "NVIDIA A10G", "NVIDIA L4 Tensor
+Core GPU" and "NVIDIA L40S" data sheets; "NVIDIA Ada GPU Architecture" and "NVIDIA RTX Blackwell GPU
+Architecture" white papers (bfloat16 with float32 accumulation).
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ DEVICES: Mapping[str, Device] = {
   "v4": _tpu(275, 1228, 32 * 2**30),
   "v5e": _tpu(197, 819, 16e9),
   "v5p": _tpu(459, 2765, 95 * 2**30),
-  "v6e": _tpu(918, 1638, 32e9),
+  "v6e": _tpu(918, 1640, 32e9),
   "a100": _gpu(312, 19.5, 2039, 80),  # SXM, 80 GB
   "h100": _gpu(989.4, 67, 3350, 80),  # SXM
   "h200": _gpu(989.4, 67, 4800, 141),  # SXM

@@ -1,9 +1,10 @@
 """How long a model takes: the sum of its blocks, each measured alone or bounded by a roofline.
 
-A source of seconds is a `Device` (published peaks: a bound that nothing runs below) or a `Table` of
-timings of the real block kinds on the device at hand. A block that was measured at that very size,
-context and batch takes what was measured; any other takes a + b FLOPs + c bytes, with the a, b, c
-of at least zero that fit the table's timings of its kind best, relative to what was measured.
+A source of seconds is a `Device` (published peaks: a bound that nothing of their precision runs
+below) or a `Table` of timings of the real block kinds on the device at hand. A block that was
+measured at that very size, context and batch takes what was measured; any other takes a + b FLOPs +
+c bytes, with the a, b, c of at least zero that fit the table's timings of its kind best, relative
+to what was measured.
 """
 
 import dataclasses
