@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from experiments import (
   calibration,
+  census,
   cli,
   outcome,
   pruning,
@@ -95,8 +96,13 @@ def until(made: Sequence[Stage], *names: str) -> list[Stage]:
 
 
 def dry_run(s: Setup, made: list[Stage], workdir: pathlib.Path) -> str:
-  """Returns what a run would do: stages and why, sizes, parameters and memory. Computes nothing."""
-  lines = ["stages:", *("  " + line for line in stages.describe(stages.survey(made, workdir)))]
+  """Returns what a run would do: what a search chooses from, stages and why, sizes and memory.
+
+  Computes nothing.
+  """
+  searched = any(stage.name == searching.NAME for stage in made)
+  lines = [census.text(s)] if searched else []
+  lines += ["stages:", *("  " + line for line in stages.describe(stages.survey(made, workdir)))]
   models = {"teacher": s.cfg}
   for number, each in enumerate(s.rounds, 1):
     models |= {} if each.small is None else {f"round {number}": each.small}

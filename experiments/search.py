@@ -3,7 +3,7 @@
 python -m experiments.search --config=configs/search_toy.py [--dry_run] [--config.KEY=VALUE]
 """
 
-from experiments import census, cli, pipeline, searching, settings
+from experiments import cli, pipeline, searching, settings
 
 
 def main(job: cli.Job) -> None:
@@ -15,10 +15,6 @@ def main(job: cli.Job) -> None:
   if job.config.plan.path not in ("", settings.SEARCH):
     raise ValueError(f"plan.path={job.config.plan.path!r}: a search makes its own plan; unset it")
   job.config.plan.path = settings.SEARCH
-  s = settings.setup(job.config, settings.mesh(job.config), cache=job.cache)
-  searching.check(s)
-  if job.dry_run:
-    print(census.text(s))
   folders = pipeline.execute(job, searching.NAME)
   if folders:
     folder = folders[searching.NAME]

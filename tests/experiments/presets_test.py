@@ -95,14 +95,17 @@ def test_a_twin_searches_the_same_names_by_the_same_method_and_finds_something(t
     assert row.endswith("| yes |")
 
 
-def test_a_dry_run_of_a_published_compression_allocates_nothing(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["search", "distill"])
+def test_a_dry_run_of_a_published_compression_allocates_nothing(
+  tmp_path, capsys, monkeypatch, name
+):
   monkeypatch.chdir(tmp_path)
-  search = importlib.import_module("experiments.search")
-  line = ["search", "--config=configs/nemotron_h_8b_to_4b.py", "--dry_run",
+  command = importlib.import_module(f"experiments.{name}")
+  line = [name, "--config=configs/nemotron_h_8b_to_4b.py", "--dry_run",
           "--config.search.space.F=(12288,21504)", "--config.search.space.P=(64,)",
           "--config.search.space.blocks=(48,52)"]
   monkeypatch.setattr("hybridlm.init", None)
-  assert cli.call(search.main, line) == 0
+  assert cli.call(command.main, line) == 0
   out = capsys.readouterr().out
   assert "search space: 180 uniform candidates" in out
   assert "| 4,489,223,040 |" in out and "feasible: " in out
