@@ -163,7 +163,7 @@ def markdown(table: Mapping[str, Any], *, title: str, command: str) -> str:
   heads = ["member", *keys, *columns, "state", "seconds"]
   rows = [
     [row["name"], *(row["settings"].get(key, "") for key in keys),
-     *(_cell(row["values"][column]) for column in columns), row["state"], f"{row['seconds']:.0f}"]
+     *(_cell(row["values"][column]) for column in columns), _state(row), f"{row['seconds']:.0f}"]
     for row in table["members"]
   ]
   lines = [f"# {title}", "", f"    {command}", "", report.table(_escaped(heads), _all(rows)), ""]
@@ -186,6 +186,12 @@ def markdown(table: Mapping[str, Any], *, title: str, command: str) -> str:
   for column, near in table["unknown"].items():
     lines += [f"No member has the column {column!r}; nearest: {', '.join(near)}.", ""]
   return "\n".join(lines)
+
+
+def _state(row: Mapping[str, Any]) -> str:
+  """Returns how a member ended, and that it crashed before where it did."""
+  again = f", {row['attempts']} attempts" if row["attempts"] > 1 else ""
+  return f"{row['state']}{again}"
 
 
 def _all(rows: Sequence[Sequence[str]]) -> list[list[str]]:

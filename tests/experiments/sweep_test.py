@@ -255,6 +255,7 @@ def test_the_table_has_a_row_a_member_and_mean_and_spread_over_seeds(swept):
   assert groups["11"] == {"n": 0, "mean": None, "spread": None}
   page = (home / "table.md").read_text()
   assert "| targets.D=12,seed=0 | 12 | 0 | 7,000 |" in page and " 13 ± 1.4 " in page
+  assert page.count("| failed, 2 attempts |") == 2 and page.count("| done |") == 4
   assert "* targets.D=11,seed=0, after 2 attempts:" in page and "      last | words" in page
 
 
