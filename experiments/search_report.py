@@ -1,7 +1,7 @@
 """What a search found, for a reader: finalists and rivals in tables, the front in pictures."""
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import matplotlib.figure
@@ -136,6 +136,7 @@ def picks(found: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) ->
 
 
 RULES = {"largest": "the largest that fits", "targets": "the uniform cut of the targets"}
+MARKS = "x+"  # of rivals in the pictures, in their order
 
 
 def pareto(
@@ -165,19 +166,21 @@ def pareto(
       ax.ticklabel_format(useOffset=False)
       ax.locator_params(nbins=4)
     line[0].set_ylabel(f"{label}, nats")
-  grid[0][0].legend(fontsize=7, frameon=False)
+  figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center",
+                ncols=3 + len(rivals), frameon=False)
   figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _panel(ax, points: Mapping[str, tuple[float, float]], front: set[str], winner: str,
            rivals: Mapping[str, str]) -> None:
-  """Draws candidates as dots: all, those on the front, rivals, and the winner on top."""
-  groups: Sequence[tuple[str, Any, dict[str, Any]]] = (
+  """Draws candidates as dots: all, those on the front, each rival, and the winner on top."""
+  groups: list[tuple[str, set[str], dict[str, Any]]] = [
     ("scored", set(points) - front - set(rivals), {"color": PLAIN, "s": 12}),
     ("front", front - set(rivals), {"color": FRONT, "s": 16}),
-    ("rivals", set(rivals), {"color": "black", "s": 36, "marker": "x"}),
+    *((rule, {key}, {"color": "black", "s": 36, "marker": mark})
+      for (key, rule), mark in zip(rivals.items(), MARKS, strict=False)),
     ("winner", {winner}, {"color": BEST, "s": 60, "marker": "*", "zorder": 3}),
-  )
+  ]
   for label, keys, style in groups:
     shown = [points[key] for key in points if key in keys]
     if shown:
