@@ -83,13 +83,16 @@ class Blocks:
     sizes: the options; those that a rule forbids whatever the other blocks do are left out here.
 
   Raises:
-    ValueError: no budget, a block without an option, or a budget that no choice fits; the nearest
-      possible is said.
+    ValueError: no budget, a divisor of the number of blocks, a block without an option, or a budget
+      that no choice fits; the nearest possible is said.
   """
 
   def __init__(self, judge: Judge, sizes: Blockwise):
     if not judge.limits.bounds:
       raise ValueError("search.method='milp': the budget has no bound, so no block has to change")
+    if sizes.blocks[0] < len(sizes.options) and judge.limits.rules.divisors.get("blocks", 1) > 1:
+      raise ValueError("search.method='milp': rules.divisors.blocks is not linear in the blocks; "
+                       "unset it, or take method 'grid' or 'random'")
     self.judge, self.sizes = judge, sizes
     self._legal = [self._options(index) for index in range(len(sizes.options))]
     self._rows = {gene: self._demands(gene) for gene in range(len(sizes.widths))}

@@ -131,6 +131,11 @@ def test_a_budget_that_no_choice_of_blocks_fits_names_the_nearest():
     Blocks(judge(floors, parameters=10**9), sizes(CHOICES | {"blocks": (3, 4)}))
 
 
+def test_a_divisor_of_the_number_of_blocks_is_refused_where_blocks_may_go():
+  with pytest.raises(ValueError, match="rules.divisors.blocks is not linear"):
+    Blocks(judge(Rules(divisors={"blocks": 2}), parameters=10**9), sizes())
+
+
 def test_without_a_bound_there_is_nothing_to_choose():
   with pytest.raises(ValueError, match="the budget has no bound"):
     Blocks(judge(), sizes())
