@@ -16,7 +16,6 @@ from typing import Any
 
 from experiments import artefacts, mistakes
 from experiments.journal import Journal, aside, remove
-from hybridlm.train.loop import NotFinite
 
 FORMAT = "hybridlm-workdir-2"
 Inputs = Mapping[str, pathlib.Path]
@@ -225,7 +224,7 @@ def run(
   """Runs what is not done, in order; returns the folder of every artefact.
 
   A user's mistake that a stage finds is undone: the workdir is as it was. What lies in a stage's
-  `home` stays. A training run that diverged is no mistake: it and the stages before it stay.
+  `home` stays. A loss that is not finite is no mistake: what was done before stays.
 
   Args:
     stages: the pipeline.
@@ -253,7 +252,7 @@ def run(
         _run_one(status, {need: folders[need] for need in status.stage.needs}, journal, say)
         folders[status.stage.name] = status.folder
     except mistakes.TYPES as error:
-      if mistakes.is_mistake(error) and not isinstance(error, NotFinite):
+      if mistakes.is_mistake(error) and not isinstance(error, FloatingPointError):
         journal.undo()
       raise
     finally:

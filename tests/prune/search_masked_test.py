@@ -46,7 +46,7 @@ def test_a_candidate_whose_loss_is_not_finite_is_named(teacher):
   cfg, params, batches, scores = teacher
   broken = {**params, "final": {"norm_gain_D": params["final"]["norm_gain_D"] * np.nan}}
   scorer = masked.Scorer(cfg, bind.apply_hidden, broken, batches[:1])
-  with pytest.raises(ValueError, match="search: kl of a candidate is nan"):
+  with pytest.raises(masked.NotFinite, match="search: kl of a candidate is nan"):
     scorer(hybridlm.plan(cfg, scores, {}))
 
 

@@ -23,6 +23,10 @@ Hidden = Callable[..., tuple[jax.Array, jax.Array]]
 LOSSES = ("kl", "ce", "agree")
 
 
+class NotFinite(ValueError, FloatingPointError):
+  """A loss is NaN or infinity."""
+
+
 class Held(NamedTuple):
   """A batch on the device, and what the teacher makes of it."""
 
@@ -78,7 +82,7 @@ class Scorer:
     The plan is taken for one of this parent: comparing hashes costs more than scoring.
 
     Raises:
-      ValueError: a loss is not finite.
+      NotFinite: a loss is.
     """
     stays = cut.stays(plan)
     parts = [
@@ -90,7 +94,7 @@ class Scorer:
     means = {name: math.fsum(float(part[name]) for part in found) / weight for name in LOSSES}
     for name, value in means.items():
       if not math.isfinite(value):
-        raise ValueError(f"search: {name} of a candidate is {value}")
+        raise NotFinite(f"search: {name} of a candidate is {value}")
     return means
 
 
