@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import settings, training
+from experiments import settings, teaching, training
 from experiments.ledger import Ledger
 from experiments.settings import Setup
 from hybridlm.config import ModelConfig
@@ -20,10 +19,8 @@ from hybridlm.train import mesh as meshes
 
 
 class Runner(NamedTuple):
-  """What one finalist trains with: its model, the compiled update and the evaluation."""
+  """What one finalist trains with: the compiled update, the evaluation and the optimiser."""
 
-  cfg: ModelConfig
-  params: Mapping[str, Any]
   advance: Callable[..., Any]
   evaluate: Callable[..., dict[str, float]]
   optimizer: Any
@@ -82,14 +79,10 @@ class Course:
     self._runners.clear()
     shutil.rmtree(self._folder, ignore_errors=True)
 
-  def _runner(self, name: str, plan: Callable[[], Plan]) -> Runner:
-    if self._frozen is None:
-      shards = meshes.shardings(self._s.grid, self._params, meshes.RULES)
-      self._frozen = jax.device_put(self._params, shards)
+  def _runner(self, name: str, cfg: ModelConfig, params: Mapping[str, Any]) -> Runner:
+    """Returns a finalist's runner, the one of the rung before where there was one."""
     if name not in self._runners:
       run = self._run
-      cfg, params = hybridlm.cut(self._cfg, self._params, plan())
-      params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
       loss_fn = hybridlm.distillation_loss(
         cfg, self._cfg, temperature=run.temperature, kl=run.kl, ce=run.ce
       )
@@ -99,14 +92,21 @@ class Course:
         loss_fn, optimizer, accumulate=run.accumulate,
         shardings=meshes.shardings(self._s.grid, shape, meshes.RULES),
       )
-      self._runners[name] = Runner(cfg, params, advance, step.make_eval(loss_fn), optimizer)
+      self._runners[name] = Runner(advance, step.make_eval(loss_fn), optimizer)
     return self._runners[name]
 
   def _train(self, name: str, plan: Callable[[], Plan], steps: int) -> dict[str, float]:
-    runner, run, s = self._runner(name, plan), self._run, self._s
-    folder = self._folder / name
-    checkpoint.name_model(folder / loop.CHECKPOINTS, runner.cfg)
-    start = training.placed(state.create(runner.params, runner.optimizer), s.grid)
+    run, s, folder = self._run, self._s, self._folder / name
+    if self._frozen is None:
+      shards = meshes.shardings(s.grid, self._params, meshes.RULES)
+      self._frozen = jax.device_put(self._params, shards)
+    # Cut anew at every rung: the parameters of all finalists at once may be too much to keep.
+    cfg, params = hybridlm.cut(self._cfg, self._params, plan())
+    params = teaching.float32(params)
+    runner = self._runner(name, cfg, params)
+    checkpoint.name_model(folder / loop.CHECKPOINTS, cfg)
+    start = training.placed(state.create(params, runner.optimizer), s.grid)
+    del params
     data = training.Spread(s.train_batches(run, s.c.seed + 1), s.grid)
     with jax.set_mesh(s.grid):
       end, _ = loop.run(

@@ -9,20 +9,23 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from experiments import artefacts, hunting, limits, search_report, settings
+from experiments import artefacts, hunting, limits, search_report, settings, teaching
 from experiments.candidates import COSTS, RANKED, Candidates, Judge, by_rule
 from experiments.course import Course
 from experiments.ledger import Ledger
 from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
 from hybridlm import bind
+from hybridlm.config import ModelConfig
 from hybridlm.prune import select, space
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 from hybridlm.prune.search import halving, masked, pareto
 from hybridlm.prune.trees import tree_hash
+from hybridlm.train import mesh as meshes
 
 NAME = "search"
 RIVALS = ("largest", "targets")
@@ -44,16 +47,17 @@ def stages(s: Setup) -> list[Stage]:
   """
   run = s.c.search
   check(s)
-  held = {
-    "valid": s.held_out_data(s.inside, run.split, run, run.batches),
-    "test": s.held_out_data(s.inside, s.c.evaluate.split, s.c.evaluate, s.c.evaluate.batches),
+  last = s.c.evaluate
+  trained = {
+    "distil": teaching.recipe(s.c.distil), "data": s.train_data(s.c.distil, s.c.seed + 1),
+    "test": s.held_out_data(s.inside, last.split, last, last.batches),
   }
   values = {
     "search": {k: v for k, v in settings.plain(run).items() if k != "winner"},
     "budget": settings.plain(s.c.budget), "rules": settings.plain(s.c.rules),
     "targets": settings.written(settings.targets(s.c)) if "targets" in run.rivals else None,
-    "distil": settings.plain(s.c.distil) if run.rungs else None, "seed": s.c.seed, "held": held,
-    "data": s.train_data(s.c.distil, s.c.seed + 1) if run.rungs else None,
+    "trained": trained if run.rungs else None, "seed": s.c.seed,
+    "valid": s.held_out_data(s.inside, run.split, run, run.batches),
   }
   make = functools.partial(search, s)
   return [Stage(NAME, values, make, needs=("teacher", "calibrate"), version=VERSION)]
@@ -86,19 +90,29 @@ def check(s: Setup) -> None:
 
 
 class Losses:
-  """The losses of plans; the program is compiled with the first one that is asked for."""
+  """The losses of plans, on the job's devices; the first one asked for compiles the program."""
 
-  def __init__(self, s: Setup, cfg, params):
-    run = s.c.search
-    self._make = lambda: masked.Scorer(
-      cfg, bind.apply_hidden, params, s.held_out(s.inside, run.split, run, run.batches))
+  def __init__(self, s: Setup, cfg: ModelConfig, params: Mapping[str, Any]):
+    self._s, self._cfg, self._params = s, cfg, params
     self._scorer: masked.Scorer | None = None
 
   def __call__(self, plan: Plan) -> dict[str, float]:
     """Returns "kl", "ce" and "agree"."""
-    if self._scorer is None:
-      self._scorer = self._make()
-    return self._scorer(plan)
+    with jax.set_mesh(self._s.grid):  # kernels divide their work over it
+      self._scorer = self._scorer or self._make()
+      return self._scorer(plan)
+
+  def clear(self) -> None:
+    """Gives back what the devices hold for it."""
+    self._scorer = None
+
+  def _make(self) -> masked.Scorer:
+    s, run = self._s, self._s.c.search
+    held = s.held_out(s.inside, run.split, run, run.batches)
+    shards = meshes.shardings(s.grid, self._params, meshes.RULES)
+    return masked.Scorer(
+      self._cfg, bind.apply_hidden, jax.device_put(self._params, shards),
+      [meshes.shard_batch(s.grid, batch) for batch in held])
 
 
 def search(s: Setup, folder: pathlib.Path, inputs: Inputs) -> None:
@@ -115,10 +129,10 @@ def search(s: Setup, folder: pathlib.Path, inputs: Inputs) -> None:
   sizes = hunting.spread(cfg, run)
   losses = Losses(s, cfg, params)
   candidates = Candidates(folder, judge, scores, losses, run.score)
+  others = _rivals(s, judge)  # one that does not fit is found before anything is scored
   hunt(s, folder, candidates, sizes, lambda targets: losses(select.plan(cfg, scores, targets)))
-  rivals = {
-    name: candidates.look(targets, name)["id"] for name, targets in _rivals(s, judge).items()
-  }
+  rivals = {name: candidates.look(targets, name)["id"] for name, targets in others.items()}
+  losses.clear()
   best = [r for r in candidates.scored() if r["origin"] not in RIVALS][: run.finalists]
   if not best:
     raise ValueError("search: no candidate fits the budget and the rules: "

@@ -6,14 +6,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import hybridlm
 from configs import search_toy
-from experiments import artefacts, census, searching, settings
+from experiments import artefacts, census, searching, settings, stages
 from experiments.mistakes import is_mistake
 from hybridlm.prune import select
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
+from hybridlm.prune.search import masked
 
 KEPT = ("plan.json", "candidates.jsonl", "replacements.jsonl", "front.json")
 BLOCKWISE = {"method": "milp", "solutions": 2, "evolve": 1}
@@ -27,14 +29,20 @@ def config(**changes):
   return c
 
 
+def devices(*shape):
+  """Returns a grid of the first devices: data x model."""
+  some = jax.devices()[: np.prod(shape)]
+  return jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=some)
+
+
 @pytest.fixture(name="stage", scope="module")
 def _stage(finished):
   """Runs the search of a config in a folder, on the finished job's teacher and scores."""
-  grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  grid = devices(1, 1)
   inputs = {"teacher": next((finished / "cache").glob("teacher-*")),
             "calibrate": finished / "job" / "calibrate"}
 
-  def run(c, folder, **others):
+  def run(c, folder, grid=grid, **others):
     s = settings.setup(c, grid, cache=finished / "cache")
     (stage,) = searching.stages(s)
     folder.mkdir(exist_ok=True)
@@ -102,6 +110,48 @@ def test_what_a_search_looks_at_follows_from_its_seed(stage, tmp_path):
   stage(c, tmp_path / "other")
   one, other = (lines(tmp_path / name / "candidates.jsonl") for name in ("one", "other"))
   assert [line["id"] for line in one] != [line["id"] for line in other]
+
+
+def test_losses_on_a_mesh_are_those_of_one_device(stage, tmp_path):
+  wide = devices(2, 1)
+  fronts = [stage(config(), tmp_path / str(grid.size), grid) for grid in (stage.grid, wide)]
+  one, two = (lines(tmp_path / name / "candidates.jsonl") for name in ("1", "2"))
+  assert fronts[0]["winner"] == fronts[1]["winner"] and len(one) == len(two)
+  for record, other in zip(one, two, strict=True):
+    assert record.get("kl", 0.0) == pytest.approx(other.get("kl", 0.0), rel=1e-4, abs=1e-7)
+
+
+def test_a_loss_that_is_not_finite_loses_nothing_that_was_scored(stage, tmp_path, monkeypatch):
+  score, left = masked.Scorer.__call__, iter(range(3))
+
+  def broken(self, plan):
+    if next(left, None) is None:
+      raise masked.NotFinite("search: kl of a candidate is nan")
+    return score(self, plan)
+
+  s = settings.setup(config(), stage.grid, cache=stage.cache)
+  (made,) = searching.stages(s)
+  alone = stages.Stage(
+    "search", made.config, lambda folder, inputs: made.run(folder, stage.inputs))
+  with monkeypatch.context() as patch, pytest.raises(masked.NotFinite):
+    patch.setattr(masked.Scorer, "__call__", broken)
+    stages.run([alone], tmp_path, owner={"config": "x", "file": "y"}, say=lambda line: None)
+  scored = [r for r in lines(tmp_path / "search.partial" / "candidates.jsonl") if "kl" in r]
+  assert len(scored) == 2  # the parent is in the other file
+
+
+def test_what_only_trains_finalists_is_no_input_of_a_search_without_rungs(stage):
+  def inputs(**changes):
+    c = config(**changes.pop("search", {}))
+    for section, values in changes.items():
+      c[section].update(values)
+    return searching.stages(settings.setup(c, stage.grid, cache=stage.cache))[0].config
+
+  other = {"distil": {"peak": 1e-5}, "evaluate": {"batches": 1}}
+  assert inputs() == inputs(**other)
+  rungs = {"search": {"rungs": (2,)}}
+  assert inputs(**rungs) != inputs(**rungs, **other)
+  assert inputs(**rungs) == inputs(**rungs, distil={"save_every": 1})  # how often it is saved
 
 
 def test_scores_of_another_model_are_refused(stage, tmp_path):
