@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 import hybridlm
 from hybridlm import axes
 from hybridlm.config import KINDS, Rope
+from hybridlm.nn.lm import HybridLM
 from hybridlm.prune.plan import Plan, pairs
 from hybridlm.prune.trees import tree_hash
 
@@ -47,10 +49,24 @@ def params(cfg, scale=1.0, seed=0):
   return jax.tree_util.tree_map_with_path(change, drawn(cfg, seed))
 
 
+class Leaves(HybridLM):
+  """The leaves of a model without what runs on them."""
+
+  @nn.compact
+  def __call__(self):
+    """Declares every leaf."""
+    self._blocks()
+    for name in ("embed", "final") if self.cfg.tied else ("embed", "final", "head"):
+      self._folder(name)
+
+
 @functools.cache
 def drawn(cfg, seed=0):
-  """Returns parameters as they are drawn, once for a config."""
-  return hybridlm.init(cfg, seed=seed)
+  """Returns parameters as `hybridlm.init` draws them, up to rounding, once for a config.
+
+  Not compiled as one program: draws of a shape are compiled once for all configs.
+  """
+  return Leaves(cfg).init(jax.random.key(seed))["params"]
 
 
 def tokens(cfg, shape=(2, 37), seed=1):
