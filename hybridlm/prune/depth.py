@@ -16,6 +16,7 @@ Hidden = Callable[[Any, Mapping[str, Any]], tuple[jax.Array, jax.Array]]
 Lost = Callable[[np.ndarray, np.ndarray], np.ndarray]
 ESTIMATORS = ("kl", "mse", "greedy", "influence", "window")
 NOOP = ("kl",)
+WHOLE = {"precision": "highest"}
 # Positions whose logits are held at a time, a row.
 _CHUNK = 64
 
@@ -105,7 +106,7 @@ def _kl(cfg: ModelConfig, full, small, batch) -> jax.Array:
 def _mse(cfg: ModelConfig, full, small, batch) -> jax.Array:
   """Returns the mean over D of the squared change of the hidden state, summed over real tokens."""
   change_BLD = small[0].astype(jnp.float32) - full[0].astype(jnp.float32)
-  return jnp.einsum("BL,BL->B", jnp.square(change_BLD).mean(-1), batch["weight_BL"])
+  return jnp.einsum("BL,BL->B", jnp.square(change_BLD).mean(-1), batch["weight_BL"], **WHOLE)
 
 
 LOSSES = {"kl": _kl, "mse": _mse, "greedy": _kl, "window": _kl}
@@ -160,7 +161,7 @@ def _silent(cfg: ModelConfig, lost: Lost) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _influence(cfg: ModelConfig, apply: Apply) -> Callable[[Any, Mapping[str, Any]], Any]:
+def influence(cfg: ModelConfig, apply: Apply) -> Callable[[Any, Mapping[str, Any]], Any]:
   """Returns what gives 1 - cos(input, output) of each block, summed over each row's real tokens."""
   def run(params, batch):
     taps, found = apply(params, batch, ("in_BLD", "out_BLD")), []
@@ -168,8 +169,9 @@ def _influence(cfg: ModelConfig, apply: Apply) -> Callable[[Any, Mapping[str, An
       mine = taps[block_name(index)]
       one, two = (mine[tap].astype(jnp.float32) for tap in ("in_BLD", "out_BLD"))
       norms = jnp.linalg.norm(one, axis=-1) * jnp.linalg.norm(two, axis=-1)
-      cosine_BL = jnp.einsum("BLD,BLD->BL", one, two) / jnp.maximum(norms, 1e-30)
-      found.append(jnp.einsum("BL,BL->B", 1.0 - cosine_BL, batch["weight_BL"]))
+      # What is left of 1 would be lost on chips that round the factors of a product.
+      cosine_BL = jnp.einsum("BLD,BLD->BL", one, two, **WHOLE) / jnp.maximum(norms, 1e-30)
+      found.append(jnp.einsum("BL,BL->B", 1.0 - cosine_BL, batch["weight_BL"], **WHOLE))
     return jnp.stack(found, 1) / batch["weight_BL"].shape[1]
 
   return jax.jit(run)
@@ -191,7 +193,7 @@ def rows(
   name = depth if depth in LOSSES else "kl"
   of = losses(cfg, hidden, name)
   states = of if LOSSES[name] is LOSSES["kl"] else losses(cfg, hidden, "kl")
-  influence = _influence(cfg, apply) if depth == "influence" else None
+  near = influence(cfg, apply) if depth == "influence" else None
 
   def run(params, batch):
     found: dict[str, Any] = {}
@@ -207,8 +209,8 @@ def rows(
       fill = np.full(len(batch["weight_BL"]), np.inf if path == "score_window_X" else 0.0)
       values = [fill if value is None else value for value in values]
       made[path] = np.stack([*values, *[fill] * (len(cfg.blocks) - len(values))], 1)
-    if influence is not None:
-      made["score_X"] = jax.device_get(influence(params, batch))
+    if near is not None:
+      made["score_X"] = jax.device_get(near(params, batch))
     return made
 
   return run

@@ -1,6 +1,7 @@
 """Every estimator is its formula, computed here anew in numpy float64, token by token."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,10 @@ import pytest
 
 import hybridlm
 from cases import models
-from hybridlm import api
+from hybridlm import api, bind
+from hybridlm.prune import depth, store
 from hybridlm.prune import scores as scoring
-from hybridlm.prune import store
-from hybridlm.prune.estimators import ghost, table
+from hybridlm.prune.estimators import fold, ghost, table
 from hybridlm.prune.estimators.base import Seen
 
 AXES = "HPGFDJKEN"
@@ -289,6 +290,23 @@ def test_variances_of_two_runs_merge_exactly(tmp_path):
   both = scoring.Scores.load(tmp_path / "one.npz").merge(two)
   for path in both.sums:
     np.testing.assert_allclose(both.get(path), scored("flap").get(path), rtol=1e-12, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["activation,F=flap,K=energy,E=wanda,N=ghost",
+                                  "activation,H=wanda,K=flap", "influence"])
+def test_no_product_of_a_statistic_rounds_its_factors(name):
+  def given(params, batch, taps):
+    return batch["taps"]
+
+  batch = batches()[0]
+  held = bind.apply_taps(CFG, params(), batch, (*ALL_TAPS, "x_BLGHP", "in_BLD", "out_BLD"))
+  if name == "influence":
+    program = depth.influence(CFG, given)
+  else:
+    program = fold.taps(CFG, given, tuple(table.parse(name, "HFDJEN").items()))
+  text = str(jax.make_jaxpr(program)(params(), {**batch, "taps": held}))
+  whole = re.findall(r"precision=\W*(?:Precision\.)?HIGHEST", text)
+  assert text.count("dot_general[") == len(whole) > 1
 
 
 @pytest.mark.parametrize("spec, letters, message", [

@@ -45,7 +45,7 @@ def _channels(seen: Seen) -> jax.Array:
     statistic(seen.taps[tap]) for tap in ("q_BLKJE", "k_BLKE", "head_BLKJE")
   )
   share_B = seen.weight_BL.mean(1)[:, None]
-  logits_BE = jnp.einsum("BKJE,BKE->BE", q_BKJE, k_BKE)
+  logits_BE = jnp.einsum("BKJE,BKE->BE", q_BKJE, k_BKE, precision="highest")
   return share_B * (_share(logits_BE) + _share(head_BKJE.sum((1, 2)))) / 2
 
 
