@@ -318,7 +318,9 @@ def test_no_product_of_a_statistic_rounds_its_factors(name):
   ("activation,F", "F", "'F' is not LETTER=NAME"),
   ("activation,X=flap", "F", "'X=flap' is not LETTER=NAME"),
   ("activation,H=flap,P=wanda", "HP", "P shares score_GHP with an axis that is scored by flap"),
+  ("activation,V=flap", "FV", "'V=flap' is not LETTER=NAME"),
   ("activation", "HZ", "axes 'HZ': choose from"),
+  ("activation", "", "axes '': choose from"),
 ])
 def test_specs_that_say_nothing_sensible_are_refused(spec, letters, message):
   with pytest.raises(ValueError, match=message):
