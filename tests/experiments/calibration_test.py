@@ -19,6 +19,7 @@ SPEC = ["--config.calibrate.estimator=activation,F=flap,N=ghost",
 ARGS = [commands.TOY, "--workdir=job", *SPEC]
 
 
+@pytest.mark.slow
 def test_more_batches_add_to_the_scores_an_earlier_run_left_on_any_mesh(place):
   more = ["--config.calibrate.batches=4"]
   wide = ["--config.mesh.data=2", "--workdir=wide"]
