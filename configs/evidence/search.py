@@ -5,7 +5,8 @@ python -m experiments.search_picks --config=configs/evidence/search.py
 Options are chosen block by block by a mixed-integer programme, refined by evolution, the best four
 distilled briefly. The rivals are distilled on the same batches and schedule, and all are compared
 on the test split, which no choice has seen.
-Cost: at most 10 minutes on two CPU cores with the quickstart's teacher cached beside the workdir.
+Cost: 19 minutes on two CPU cores that a dozen other programs shared, with the quickstart's teacher
+cached beside the workdir; less on cores at rest.
 Expect: the search's pick has the lowest loss of the three.
 """
 
