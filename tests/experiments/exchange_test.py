@@ -106,6 +106,7 @@ def test_an_export_that_does_not_come_back_the_same_fails(tmp_path, monkeypatch)
   assert not (tmp_path / "export.json").exists()
 
 
+@pytest.mark.slow
 def test_a_published_llama_is_pruned_by_layers_and_exported_with_its_tokenizer(tmp_path):
   cfg = llama()
   source = published(tmp_path / "source", cfg, models.params(cfg, scale=3.0))

@@ -51,6 +51,7 @@ def test_a_notebook_is_committed_without_outputs(path):
   assert all(not cell.outputs and cell.execution_count is None for cell in cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_notebook_runs_to_its_end(path, tmp_path, monkeypatch):
   monkeypatch.setenv("HYBRIDLM_TOY", "1")
