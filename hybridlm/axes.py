@@ -30,6 +30,7 @@ ALPHABET: Mapping[str, str] = {
   "N": "SSM state",
   "M": "meta tokens",
   "R": "dt rank (Mamba-1)",
+  "T": "top tokens of the teacher",
   "X": "stacked layers",
 }
 

@@ -112,3 +112,41 @@ def distillation_loss(
     )
 
   return sums
+
+
+def stored_loss(
+  cfg: ModelConfig,
+  *,
+  temperature: float = 1.0,
+  kl: float = 1.0,
+  ce: float = 0.0,
+  divergence: str = "forward_kl",
+  skew: float = 0.1,
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns `(params, frozen, batch) -> sums`: distillation from what a teacher left on disk.
+
+  `frozen` is not read. Beside the usual arrays a batch has `top_id_BLT` (int32, the teacher's most
+  likely tokens), `top_log_BLT` (float32, their log-probabilities at the temperature) and
+  `tail_log_BL` (float32, the log of the probability of all others; minus infinity where T is the
+  whole vocabulary). Arguments and sums are those of `distillation_loss`.
+  """
+
+  def sums(params, frozen, batch):
+    hidden_BLD, head_DV = apply_hidden(cfg, params, batch)
+    return loss.sums(
+      hidden_BLD,
+      head_DV,
+      jnp.asarray(batch["target_BL"]),
+      jnp.asarray(batch["weight_BL"]),
+      top_id_BLT=jnp.asarray(batch["top_id_BLT"]),
+      top_log_BLT=jnp.asarray(batch["top_log_BLT"]),
+      tail_log_BL=jnp.asarray(batch["tail_log_BL"]),
+      temperature=temperature,
+      kl=kl,
+      ce=ce,
+      divergence=divergence,
+      skew=skew,
+      vocabulary=cfg.real_vocabulary,
+    )
+
+  return sums
