@@ -120,7 +120,8 @@ def log(history: Sequence[metrics.Record]) -> dict[str, Any]:
     if record["split"] == "train":
       seen += record["weight"]
       seconds += record["weight"] / record["tokens_per_second"]
-    points[record["split"]].append({"tokens": int(seen), "ce": record["ce"]})
+    if record["split"] in points:
+      points[record["split"]].append({"tokens": int(seen), "ce": record["ce"]})
   return points | {
     "summary": {
       "steps": history[-1]["step"],

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hybridlm.train import checkpoint, metrics
+from hybridlm.train import checkpoint, metrics, observe
 from hybridlm.train import state as states
 from hybridlm.train import step as steps_of
 
@@ -23,12 +23,14 @@ class NotFinite(ValueError, FloatingPointError):
 
 
 class _Done(NamedTuple):
-  """One dispatched step: its number, where the data stood before its batch, and its results."""
+  """One dispatched step: its number, where the data stood before its batch, its results,
+  and the rows and tokens a row of the batch."""
 
   number: int
   position: str
   metrics: dict[str, Any]
   timing: metrics.Timing
+  shape: tuple[int, int]
 
 
 def run(
@@ -46,6 +48,7 @@ def run(
   save_every: int = 0,
   keep: int = 3,
   progress: str = "bar",
+  watch: observe.Watch = observe.Watch(),
 ) -> tuple[states.TrainState, list[metrics.Record]]:
   """Returns the state after `steps` updates and the history: all records, those of before a
   restart included.
@@ -68,6 +71,7 @@ def run(
     save_every: steps between checkpoints; 0: at the end only.
     keep: checkpoints to hold on to.
     progress: "bar", "auto" (on a terminal only) or "off".
+    watch: what else to measure, see `observe.Watch`.
 
   Raises:
     NotFinite: a loss, gradient, parameter or validation result is; nothing of it is saved.
@@ -75,7 +79,7 @@ def run(
   """
   plan = _Plan(
     steps, None if workdir is None else pathlib.Path(workdir), dict(config or {}), validate,
-    log_every, validate_every, save_every, keep, progress,
+    log_every, validate_every, save_every, keep, progress, watch,
   )
   _check(plan)
   states.check_apart(state, frozen)
@@ -97,6 +101,7 @@ class _Plan(NamedTuple):
   save_every: int
   keep: int
   progress: str
+  watch: observe.Watch
 
   def checks(self, number: int) -> bool:
     """Returns whether step `number` ends with a validation."""
@@ -124,6 +129,7 @@ def _check(plan: _Plan) -> None:
   if plan.save_every and plan.workdir is None:
     raise ValueError(f"loop: save_every={plan.save_every} needs a workdir to save in")
   metrics.check_progress(plan.progress)
+  observe.check_profile(plan.watch.profile)
   json.dumps(plan.config, allow_nan=False)  # what no checkpoint could hold fails here, not later
 
 
@@ -147,22 +153,31 @@ def _train(step, state, frozen, data, plan: _Plan, history: list[metrics.Record]
   with (
     metrics.sinks(plan.workdir, done=done, steps=plan.steps, progress=plan.progress) as sinks,
     metrics.Stopwatch() as stopwatch,
+    observe.Trace(plan.watch.profile, plan.workdir) as trace,
   ):
     clock = time.perf_counter()
     for number in range(done + 1, plan.steps + 1):
-      state, result = _advance(step, state, frozen, data, number, stopwatch)
+      with trace.step(number):
+        state, result = _advance(step, state, frozen, data, number, stopwatch)
+      trace.done(number, result.metrics)
       waiting.append(result)
       if not plan.looks(number):
         continue
-      records = [_summary(state.params, waiting, clock, fresh=waiting[0].number == done + 1)]
+      fresh = waiting[0].number == done + 1
+      records = [_summary(state.params, waiting, clock, plan.watch, fresh=fresh)]
       if plan.checks(number):
-        records.append(_validation(plan.validate, state.params, number))
+        with observe.taken("validate_seconds") as times:
+          valid = _validation(plan.validate, state.params, number)
+        records.append(valid | times)
       history = history + metrics.write(sinks, records)
       if plan.saves(number) or number == plan.steps:
         _check_state(state, waiting[-1])
       if plan.saves(number):
         folder, position = plan.workdir / CHECKPOINTS, data.get_state()
-        checkpoint.save(folder, state, position=position, config=plan.config, keep=plan.keep)
+        with observe.taken("checkpoint_seconds") as times:
+          checkpoint.save(folder, state, position=position, config=plan.config, keep=plan.keep)
+        saved = {"step": number, "split": "save", **times}
+        history = history + metrics.write(sinks, [saved])
       waiting, clock = [], time.perf_counter()
   return state, history
 
@@ -179,10 +194,12 @@ def _advance(step, state, frozen, data, number, stopwatch) -> tuple[states.Train
   state, results = step(state, frozen, batch)
   returned = time.perf_counter()
   timing = metrics.Timing(called - start, called, returned, stopwatch.ready(results))
-  return state, _Done(number, position, results, timing)
+  return state, _Done(number, position, results, timing, observe.positions(batch))
 
 
-def _summary(params, waiting: list[_Done], clock: float, *, fresh: bool) -> metrics.Record:
+def _summary(
+  params, waiting: list[_Done], clock: float, watch: observe.Watch, *, fresh: bool
+) -> metrics.Record:
   """Returns the record of the steps since the last one: means over their weights.
 
   Raises:
@@ -208,7 +225,10 @@ def _summary(params, waiting: list[_Done], clock: float, *, fresh: bool) -> metr
     "learning_rate": float(values[-1]["learning_rate"]),
     "weight": math.fsum(weights),
     "tokens_per_second": math.fsum(weights) / seconds,
+    "step_seconds": seconds / len(waiting),
     **times,
+    **observe.utilisation(watch, [done.shape for done in waiting], seconds),
+    **observe.memory(),
   }
 
 

@@ -185,22 +185,24 @@ def _when_ready(arrays: Any) -> float:
 
 
 def durations(timings: list[Timing], *, fresh: bool) -> Record:
-  """Returns mean seconds a step: `data_seconds` the host waited for batches, `device_seconds` the
-  device computed (a step starts when it is called or the one before is done, whichever is later).
+  """Returns mean seconds a step: `data_seconds` the host waited for batches, `idle_seconds` of them
+  the device had nothing to do, `device_seconds` the device computed (a step starts when it is
+  called or the one before is done, whichever is later).
 
   Args:
-    timings: consecutive steps.
+    timings: consecutive steps; nothing was running before the first.
     fresh: the first of them compiled; its call then counts as `compile_seconds` alone.
   """
-  device, free = 0.0, 0.0
+  device, idle, free = 0.0, 0.0, 0.0
   for number, timing in enumerate(timings):
+    idle += min(timing.data_seconds, max(0.0, timing.called - free))
     start = timing.returned if fresh and number == 0 else timing.called
     end = timing.ready.result()
     device += max(0.0, end - max(start, free))
     free = end
   count = len(timings)
   out = {"data_seconds": sum(t.data_seconds for t in timings) / count,
-         "device_seconds": device / count}
+         "idle_seconds": idle / count, "device_seconds": device / count}
   if fresh:
     out["compile_seconds"] = timings[0].returned - timings[0].called
   return out

@@ -15,7 +15,10 @@ from hybridlm.train import checkpoint, loop, metrics, optim, state, step
 
 OPTIMIZER = optim.make(peak=0.02, steps=12, warmup=2)
 CONFIG = {"seed": 0}
-TIMES = ("tokens_per_second", "data_seconds", "device_seconds", "compile_seconds")
+TIMES = (
+  "tokens_per_second", "step_seconds", "data_seconds", "idle_seconds", "device_seconds",
+  "compile_seconds", "validate_seconds", "checkpoint_seconds", "process_memory_bytes",
+)
 
 
 @functools.cache

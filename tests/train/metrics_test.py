@@ -112,14 +112,14 @@ def test_device_time_runs_from_the_call_or_the_end_of_the_step_before():
     timing(8.1, 10.0, 10.1, 12.0),
   ]
   assert metrics.durations(timings, fresh=False) == pytest.approx(
-    {"data_seconds": 2.2, "device_seconds": 2.0}
+    {"data_seconds": 2.2, "idle_seconds": (0.5 + 3.0) / 4, "device_seconds": 2.0}
   )
 
 
 def test_compilation_counts_as_neither_waiting_nor_computing():
   timings = [timing(0.5, 1.0, 41.0, 43.0), timing(0.1, 41.2, 41.3, 45.0)]
   assert metrics.durations(timings, fresh=True) == pytest.approx(
-    {"data_seconds": 0.3, "device_seconds": 2.0, "compile_seconds": 40.0}
+    {"data_seconds": 0.3, "idle_seconds": 0.25, "device_seconds": 2.0, "compile_seconds": 40.0}
   )
 
 
