@@ -250,5 +250,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = config_dict.placeholder(int)  # devices along the batch; unset: all that are left
-  c.mesh.model = 1  # devices along G, K, F and V
+  c.mesh.fsdp = 1  # devices along the batch and, of parameters and moments, along D
+  c.mesh.tensor = 1  # devices along G, K, F and V; along H and J where they do not divide G and K
+  c.mesh.sequence = 1  # devices along positions
   return c

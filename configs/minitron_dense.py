@@ -3,7 +3,7 @@ r"""Nemotron-4 15B to 8B as Minitron did it: a transformer cut in width, 94B tok
 python -m experiments.search --config=configs/minitron_dense.py --dry_run
 
 python -m experiments.distill --config=configs/minitron_dense.py
-    --config.teacher.path=NEMOTRON_4_15B --config.data.tokenizer=teacher --config.mesh.model=8
+    --config.teacher.path=NEMOTRON_4_15B --config.data.tokenizer=teacher --config.mesh.tensor=8
     --config.data.sources.main.kind=jsonl --config.data.sources.main.path=TEXTS
 
 Cost: the dry run takes seconds and allocates no weights. In earnest: 165 GB for the student in

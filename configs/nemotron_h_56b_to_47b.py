@@ -3,7 +3,7 @@ r"""Nemotron-H 56B to 47B as MiniPuzzle did it: blocks and MLP widths that fit a
 python -m experiments.search --config=configs/nemotron_h_56b_to_47b.py --dry_run
 
 python -m experiments.distill --config=configs/nemotron_h_56b_to_47b.py
-    --config.teacher.path=NEMOTRON_H_56B --config.data.tokenizer=teacher --config.mesh.model=8
+    --config.teacher.path=NEMOTRON_H_56B --config.data.tokenizer=teacher --config.mesh.tensor=8
     --config.data.sources.main.kind=jsonl --config.data.sources.main.path=TEXTS
 
 Cost: the dry run takes seconds on one CPU core and allocates no weights. In earnest: 113 GB for

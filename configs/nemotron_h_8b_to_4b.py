@@ -3,7 +3,7 @@ r"""Nemotron-H 8B to 4B as Minitron-SSM did it: search under 4.5B parameters, di
 python -m experiments.search --config=configs/nemotron_h_8b_to_4b.py --dry_run
 
 python -m experiments.distill --config=configs/nemotron_h_8b_to_4b.py
-    --config.teacher.path=NEMOTRON_H_8B --config.data.tokenizer=teacher --config.mesh.model=8
+    --config.teacher.path=NEMOTRON_H_8B --config.data.tokenizer=teacher --config.mesh.tensor=8
     --config.data.sources.main.kind=jsonl --config.data.sources.main.path=TEXTS
 
 Cost: the dry run takes half a minute on one CPU core and allocates no weights. In earnest: 90 GB

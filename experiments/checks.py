@@ -14,6 +14,7 @@ from configs import base
 from experiments import exchange
 from experiments.mistakes import about
 from hybridlm import axes, config
+from hybridlm import layout as layouts
 from hybridlm.config import Mamba, ModelConfig
 from hybridlm.data.pipeline import Corpus
 from hybridlm.eval import ngram
@@ -56,7 +57,7 @@ def values(c: ConfigDict, grid: Mesh) -> None:
     raise ValueError(f"seed={c.seed} must be below 2**31")
   if c.evaluate.ngram > 40:
     raise ValueError(f"evaluate.ngram={c.evaluate.ngram}: more than 40 symbols never fit 64 bits")
-  _batches(c, grid.shape["data"])
+  _batches(c, meshes.rows(grid))
   _names(c)
   _loss(c.distil)
   _optional(c)
@@ -74,11 +75,12 @@ def _batches(c: ConfigDict, rows: int) -> None:
     if run.batch % (run.accumulate * rows):
       raise ValueError(
         f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
-        f"mesh.data={rows}"
+        f"mesh.data × mesh.fsdp={rows}"
       )
   for key in ("calibrate", "evaluate", "findings", "repair"):
     if c[key].batch % rows:
-      raise ValueError(f"{key}.batch={c[key].batch} is not a multiple of mesh.data={rows}")
+      raise ValueError(f"{key}.batch={c[key].batch} is not a multiple of mesh.data × "
+                       f"mesh.fsdp={rows}")
 
 
 def _names(c: ConfigDict) -> None:
@@ -166,8 +168,9 @@ def layout(cfg: ModelConfig, grid: Mesh, owner: str) -> None:
     for folder in folders:
       place = place.setdefault(folder, {})
     place[name] = jax.ShapeDtypeStruct(shape, np.float32)
-  with about(f"mesh.data={grid.shape['data']}, mesh.model={grid.shape['model']}: {owner}"):
-    meshes.shardings(grid, tree, meshes.RULES)
+  sizes = ", ".join(f"mesh.{name}={size}" for name, size in grid.shape.items())
+  with about(f"{sizes}: {owner}"):
+    meshes.shardings(grid, tree, layouts.LAYOUTS[cfg.layout].parameters)
 
 
 def texts(c: ConfigDict, corpus: Corpus) -> None:

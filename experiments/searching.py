@@ -84,9 +84,9 @@ def check(s: Setup) -> None:
       raise ValueError(f"search.rivals: {rival!r} is not one of {', '.join(RIVALS)}")
   if run.rivals and not rungs:
     raise ValueError(f"search.rivals={tuple(run.rivals)}: without search.rungs they do not train")
-  if run.batch % s.grid.shape["data"]:
+  if run.batch % meshes.rows(s.grid):
     raise ValueError(f"search.batch={run.batch} is not a multiple of "
-                     f"mesh.data={s.grid.shape['data']}")
+                     f"mesh.data × mesh.fsdp={meshes.rows(s.grid)}")
 
 
 class Losses:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 import hybridlm
 from experiments import checks, exchange, rounds
 from experiments.mistakes import about
-from hybridlm import axes
+from hybridlm import axes, layout
 from hybridlm.config import PRESETS, ModelConfig, block_name
 from hybridlm.data import pipeline as data
 from hybridlm.data.sources import Source
@@ -233,15 +234,16 @@ def optimizer(run: ConfigDict, *, peak: float | None = None) -> optim.Optimizer:
 
 
 def mesh(c: ConfigDict) -> Mesh:
-  """Returns the devices as a grid: data × model.
+  """Returns the devices as a grid: data × fsdp × tensor × sequence.
 
   Raises:
     ValueError: sizes that do not multiply to the number of devices.
   """
-  along = c.mesh.data
-  if along is None:
-    along = max(1, jax.device_count() // max(1, c.mesh.model))
-  return meshes.make({"data": along, "model": c.mesh.model})
+  sizes = {name: c.mesh[name] for name in layout.AXES}
+  if sizes["data"] is None:
+    others = math.prod(size for name, size in sizes.items() if name != "data")
+    sizes["data"] = max(1, jax.device_count() // max(1, others))
+  return meshes.make(sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybridlm import axes, presets
+from hybridlm import axes, layout, presets
 from hybridlm.blocks import (
   KINDS,
   Attention,
@@ -25,8 +25,9 @@ __all__ = [
 ]  # the block kinds are part of the config: import them from here
 
 NORMS = ("rmsnorm", "layernorm1p")
-REMATS = ("none", "block")
-DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "block", "unit", "dots", "offload")
+STACKS = ("none", "units")
+DTYPES = ("float32", "bfloat16", "float64")
 # Implementations that `ops` knows by these names, and its scan's default chunk off a CPU.
 SCANS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 ATTENTIONS = ("xla", "cudnn", "splash")
@@ -47,11 +48,16 @@ class ModelConfig:
     context: positions the model was made for; None: any number.
     vocabulary: real tokens; rows from there to V are padding and never predicted. None: all V.
     dtype: compute dtype; parameters are float32, and so is what must be (norms, scans, losses).
-    remat: "block" recomputes each block in the backward pass; "none" keeps its activations.
+    remat: what the backward pass computes again: "none"; each "block" from its input; each repeated
+      "unit" of blocks from its input, then each block; all of a block but products of activations
+      and weights ("dots"); as "block", with the inputs in the host's memory meanwhile ("offload").
+    stack: "units" runs equal blocks by a scan over one stack of leaves (`nn.stack.stacked`) where
+      models are trained; "none" compiles every block by itself.
     init_std: standard deviation of the projections at initialisation.
     ssd: implementation of the scan by name; None lets `ops.ssd.api` choose.
     chunk: tokens a chunk of the scan; None lets `ops.ssd.api` choose.
     attention: implementation of attention by name; None lets `ops.attention` choose.
+    layout: where parameters and activations lie on a mesh, a name of `layout.LAYOUTS`.
   """
 
   V: int
@@ -64,10 +70,12 @@ class ModelConfig:
   vocabulary: int | None = None
   dtype: str = "float32"
   remat: str = "none"
+  stack: str = "none"
   init_std: float = 0.02
   ssd: str | None = None
   chunk: int | None = None
   attention: str | None = None
+  layout: str = layout.DEFAULT
 
   def __post_init__(self):
     positive("ModelConfig", V=self.V, D=self.D)
@@ -82,6 +90,8 @@ class ModelConfig:
     one_of("ModelConfig", "norm", self.norm, NORMS)
     one_of("ModelConfig", "dtype", self.dtype, DTYPES)
     one_of("ModelConfig", "remat", self.remat, REMATS)
+    one_of("ModelConfig", "stack", self.stack, STACKS)
+    one_of("ModelConfig", "layout", self.layout, tuple(layout.LAYOUTS))
     if not self.eps > 0 or not self.init_std > 0:
       raise ValueError(f"ModelConfig: eps={self.eps} and init_std={self.init_std} must be positive")
     if self.vocabulary is not None and not 1 <= self.vocabulary <= self.V:

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hybridlm import axes
+from hybridlm import axes, layout
 from hybridlm.train.state import path_name
 
-# Letter -> mesh axis; an earlier letter has priority where a leaf holds several.
-RULES: Mapping[str, str] = {"G": "model", "K": "model", "F": "model", "V": "model", "D": "data"}
+# Of models that ask for no layout of their own.
+RULES: layout.Rules = layout.LAYOUTS[layout.DEFAULT].parameters
+ROWS: layout.Rules = {letter: layout.LAYOUTS[layout.DEFAULT].activations[letter] for letter in "BL"}
 
 
 def make(sizes: Mapping[str, int]) -> Mesh:
@@ -31,43 +32,38 @@ def make(sizes: Mapping[str, int]) -> Mesh:
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
-def _along(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
-  """Returns the number of devices along one mesh axis, or several."""
-  names = (names,) if isinstance(names, str) else names or ()
-  return math.prod(mesh.shape[name] for name in names)
-
-
-def _check_rules(mesh: Mesh, rules: Mapping[str, Any]) -> None:
-  for letter, names in rules.items():
-    for name in (names,) if isinstance(names, str) else names or ():
-      if name not in mesh.shape:
+def _check_rules(mesh: Mesh, rules: layout.Rules) -> None:
+  for letter, mesh_axes in rules.items():
+    for name in layout.names(mesh_axes):
+      if name not in mesh.shape and name not in layout.AXES:
         raise ValueError(f"sharding rule {letter} -> {name}: the mesh has {', '.join(mesh.shape)}")
 
 
-def leaf_spec(mesh: Mesh, path: str, shape: tuple[int, ...], rules: Mapping[str, Any]):
+def rows(mesh: Mesh) -> int:
+  """Returns among how many devices the rows of a batch are divided."""
+  return math.prod(mesh.shape.get(name, 1) for name in layout.names(ROWS["B"]))
+
+
+def leaf_spec(mesh: Mesh, path: str, shape: tuple[int, ...], rules: layout.Rules):
   """Returns the sharding of one leaf; a leaf without axes in its name (a counter) is replicated.
 
   Raises:
-    ValueError: a dimension that the mesh axis does not divide.
+    ValueError: a dimension that the mesh axis does not divide, nor its stand-in.
   """
   if not shape:
     return PartitionSpec()
-  name = path.rpartition("/")[2]
-  spec = axes.spec(name, rules)
-  for letter, size, where in zip(axes.of(name), shape, spec, strict=True):
-    if size % _along(mesh, where):
-      raise ValueError(f"leaf {path}: {letter}={size} is not a multiple of mesh axis "
-                       f"{where}={_along(mesh, where)}")
-  return spec
+  letters = axes.of(path.rpartition("/")[2])
+  return layout.spec(f"leaf {path}", letters, shape, rules, mesh.shape)
 
 
-def shardings(mesh: Mesh, tree: Any, rules: Mapping[str, Any]) -> Any:
+def shardings(mesh: Mesh, tree: Any, rules: layout.Rules = RULES) -> Any:
   """Returns the sharding of every leaf of a parameter tree, or of a whole train state.
 
   Args:
     mesh: from `make`.
     tree: arrays or shapes; leaf names end in axes, and so do those of the optimiser's moments.
-    rules: axis letter -> mesh axis (or several, or None); letters that are absent replicate.
+    rules: axis letter -> mesh axis, or several; letters that are absent replicate, and so do the
+      axes of `layout.AXES` that the mesh has not.
 
   Raises:
     ValueError: a rule for an axis the mesh has not, or a dimension that does not divide.
@@ -87,15 +83,29 @@ def place(tree: Any, where: Any) -> Any:
   )
 
 
-def shard_batch(mesh: Mesh, batch: Mapping[str, Any], *, axis: str = "data") -> dict[str, Any]:
-  """Returns the batch with its rows spread along one mesh axis.
+def batch_shardings(
+  mesh: Mesh, batch: Mapping[str, Any], rules: layout.Rules = ROWS
+) -> dict[str, NamedSharding]:
+  """Returns where each array of a batch lies; names end in axes, as `token_BL`.
 
   Raises:
-    ValueError: the mesh has no such axis, or rows that it does not divide.
+    ValueError: a rule for an axis the mesh has not, or rows or positions that do not divide.
   """
-  _check_rules(mesh, {"B": axis})
-  for name, x_BL in batch.items():
-    if x_BL.shape[0] % mesh.shape[axis]:
-      raise ValueError(f"batch {name}: B={x_BL.shape[0]} is not a multiple of mesh axis "
-                       f"{axis}={mesh.shape[axis]}")
-  return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec(axis)))
+  _check_rules(mesh, rules)
+  return {
+    name: NamedSharding(
+      mesh, layout.spec(f"batch {name}", axes.of(name), x_BL.shape, rules, mesh.shape)
+    )
+    for name, x_BL in batch.items()
+  }
+
+
+def shard_batch(
+  mesh: Mesh, batch: Mapping[str, Any], rules: layout.Rules = ROWS
+) -> dict[str, Any]:
+  """Returns the batch with its rows, and its positions, spread over the mesh.
+
+  Raises:
+    ValueError: as `batch_shardings` does.
+  """
+  return jax.device_put(dict(batch), batch_shardings(mesh, batch, rules))

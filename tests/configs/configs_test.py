@@ -37,7 +37,7 @@ def types(c, prefix=""):
 
 def one_device():
   """Returns the grid of a machine with one device."""
-  return jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  return jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
 
 
 def test_the_installed_configs_are_found():

@@ -72,7 +72,7 @@ VALUES = [
 
 def grid(data=1):
   """Returns a grid of devices along the batch."""
-  return jax.make_mesh((data, 1), ("data", "model"), devices=jax.devices()[:data])
+  return jax.make_mesh((data, 1), ("data", "tensor"), devices=jax.devices()[:data])
 
 
 @pytest.mark.parametrize("change, words", VALUES)
@@ -139,5 +139,5 @@ def test_where_tokens_stand_for_many_bytes_the_split_is_counted_in_tokens(tmp_pa
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="teacher.batch=2 is not a multiple of .* mesh.data=4"):
+  with pytest.raises(ValueError, match="teacher.batch=2 is not a multiple of .* mesh.fsdp=4"):
     settings.setup(quickstart_toy.get_config(), grid(4), cache=tmp_path)

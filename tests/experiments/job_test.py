@@ -20,7 +20,7 @@ STAGES = ["teacher", "calibrate", "plan", "cut", "ngrams", "evaluate_cut", "dist
 
 def parameters() -> tuple[str, str]:
   """Returns the parameters of the toy teacher and of its small model, as tables print them."""
-  grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  grid = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
   s = settings.setup(quickstart_toy.get_config(), grid, cache=pathlib.Path("unused"))
   return tuple(f"{config.parameters(cfg):,}" for cfg in (s.cfg, s.small))
 
@@ -137,7 +137,7 @@ MISTAKES = {
   "heads that groups cannot share": (
     ["--config.targets.H=None", "--config.targets.heads=5"],
     ["heads=5", "not a multiple of its 2 groups"]),
-  "a layout that devices cannot share": (["--config.mesh.model=2"], ["model=2", "needs 2"]),
+  "a layout that devices cannot share": (["--config.mesh.tensor=2"], ["tensor=2", "needs 2"]),
   "a vocabulary too small for the tokenizer": (["--config.model.V=200"], ["257", "V=200"]),
   "an unknown tokenizer": (["--config.data.tokenizer=sotu_1025"], ["sotu_1025", "sotu_1024"]),
   "an unknown estimator": (["--config.calibrate.estimator=best"], ["best", "activation"]),

@@ -27,7 +27,7 @@ TABLE = [
 def setup(name, tmp_path):
   """Returns a config's job on one device, nothing of it computed."""
   c = importlib.import_module(f"configs.{name}").get_config()
-  grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  grid = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
   return settings.setup(c, grid, cache=tmp_path)
 
 

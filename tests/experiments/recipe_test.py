@@ -42,7 +42,7 @@ def built(place: pathlib.Path, **changes) -> list[stages.Stage]:
   for section, values in changes.items():
     c[section].update(values)
   grid = jax.make_mesh(
-    (1, 1), ("data", "model"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
+    (1, 1), ("data", "tensor"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
   return pipeline.build(settings.setup(c, grid, cache=place / "cache"))
 
 

@@ -29,7 +29,7 @@ def setup(tmp_path, **changes):
       c[name].update(value)
     else:
       c[name] = value
-  grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  grid = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
   return settings.setup(c, grid, cache=tmp_path / "cache")
 
 
@@ -152,7 +152,7 @@ def test_a_mistake_in_a_round_is_one_line_that_names_the_round(given, words, tmp
   c = toy()
   with c.ignore_type():
     c.schedule = given
-  grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  grid = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
   with pytest.raises(ValueError) as caught:
     settings.setup(c, grid, cache=tmp_path / "cache")
   assert is_mistake(caught.value) and "\n" not in str(caught.value)

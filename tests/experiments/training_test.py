@@ -42,7 +42,7 @@ def run(folder, *, steps=2):
   values = base.training(steps=steps, peak=1e-2)
   values.update(warmup=0, save_every=1)
   grid = jax.make_mesh(
-    (1, 1), ("data", "model"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
+    (1, 1), ("data", "tensor"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
   stream = Stream(cfg)
   recipe = training.Recipe(cfg=cfg, params=models.params(cfg), frozen=None, train=stream,
                            loss_fn=hybridlm.language_loss(cfg), valid=[stream.batch])

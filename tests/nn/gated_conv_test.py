@@ -12,7 +12,7 @@ from hybridlm import axes
 from hybridlm.train import mesh, optim, state, step
 
 SGD = optim.Optimizer(*optax.sgd(0.5), optax.constant_schedule(0.5))
-SIZES = {"data": 4, "model": 2}
+SIZES = {"fsdp": 4, "tensor": 2}
 CFG = models.make("untied", "C-", V=32)
 
 
@@ -37,10 +37,10 @@ def test_leaves_are_split_by_their_letters():
   grid = mesh.make(SIZES)
   specs = {path: where.spec for path, where in axes.leaves(
     mesh.shardings(grid, models.params(CFG, 5.0), mesh.RULES))}
-  assert specs["blocks/00/w_x_DGHP"] == PartitionSpec("data", "model", None, None)
-  assert specs["blocks/00/w_out_GHPD"] == PartitionSpec("model", None, None, "data")
-  assert specs["blocks/00/conv_x_WGHP"] == PartitionSpec(None, "model", None, None)
-  assert specs["blocks/00/skip_GH"] == PartitionSpec("model", None)
+  assert specs["blocks/00/w_x_DGHP"] == PartitionSpec("fsdp", "tensor", None, None)
+  assert specs["blocks/00/w_out_GHPD"] == PartitionSpec("tensor", None, None, "fsdp")
+  assert specs["blocks/00/conv_x_WGHP"] == PartitionSpec(None, "tensor", None, None)
+  assert specs["blocks/00/skip_GH"] == PartitionSpec("tensor", None)
 
 
 def test_a_saved_model_comes_back_and_generates_what_it_did(tmp_path):

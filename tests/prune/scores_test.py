@@ -72,7 +72,7 @@ SPECS = {
   "activations": "activation,F=flap,K=energy,E=wanda,N=ghost",
   "gradients": "taylor,N=fisher,E=fisher",
 }
-MESHES = ({"data": 1, "model": 8}, {"data": 8, "model": 1}, {"data": 2, "model": 4})
+MESHES = ({"data": 1, "tensor": 8}, {"fsdp": 8, "tensor": 1}, {"data": 2, "tensor": 4})
 
 
 @functools.cache

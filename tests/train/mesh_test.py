@@ -11,7 +11,7 @@ from hybridlm.train import mesh, optim, state, step
 
 SGD = optim.Optimizer(*optax.sgd(0.5), optax.constant_schedule(0.5))
 # tests/conftest.py asks for eight devices of one CPU.
-SIZES = {"data": 4, "model": 2}
+SIZES = {"fsdp": 4, "tensor": 2}
 ROWS = 32  # a vocabulary that two devices can share
 
 
@@ -26,12 +26,12 @@ def test_every_leaf_is_split_as_its_letters_say_and_so_are_its_moments():
     )
   }
   expected = {
-    "embed/w_embed_VD": PartitionSpec("model", "data"),
-    "blocks/00/norm_gain_D": PartitionSpec("data"),
-    "blocks/00/w_up_DF": PartitionSpec("data", "model"),
-    "blocks/00/w_down_FD": PartitionSpec("model", "data"),
-    "blocks/00/b_down_D": PartitionSpec("data"),
-    "head/w_head_DV": PartitionSpec("data", "model"),
+    "embed/w_embed_VD": PartitionSpec("tensor", "fsdp"),
+    "blocks/00/norm_gain_D": PartitionSpec("fsdp"),
+    "blocks/00/w_up_DF": PartitionSpec("fsdp", "tensor"),
+    "blocks/00/w_down_FD": PartitionSpec("tensor", "fsdp"),
+    "blocks/00/b_down_D": PartitionSpec("fsdp"),
+    "head/w_head_DV": PartitionSpec("fsdp", "tensor"),
   }
   for leaf, spec in expected.items():
     copies = [path for path in specs if path.endswith(leaf)]
@@ -42,7 +42,7 @@ def test_every_leaf_is_split_as_its_letters_say_and_so_are_its_moments():
 
 @pytest.mark.parametrize(
   "sizes,accumulate",
-  [(SIZES, 1), (SIZES, 2), ({"data": 8, "model": 1}, 1), ({"data": 1, "model": 8}, 1)],
+  [(SIZES, 1), (SIZES, 2), ({"data": 2, "fsdp": 4}, 1), ({"data": 1, "tensor": 8}, 1)],
 )
 def test_eight_devices_make_the_same_step_as_one(sizes, accumulate):
   grid = mesh.make(sizes)
@@ -85,7 +85,7 @@ def test_a_batch_is_spread_by_rows():
   "sizes,message",
   [
     ({"data": 3}, "mesh data=3 needs 3 devices, but 8 are here"),
-    ({"data": 4, "model": 4}, "mesh data=4 × model=4 needs 16 devices, but 8 are here"),
+    ({"data": 4, "tensor": 4}, "mesh data=4 × tensor=4 needs 16 devices, but 8 are here"),
     ({"data": 0}, "mesh data=0: every axis has at least 1 device"),
     ({}, "mesh no axis needs 1 devices, but 8 are here"),
   ],
@@ -97,12 +97,12 @@ def test_a_mesh_of_another_number_of_devices_is_refused(sizes, message):
 
 def test_a_dimension_the_mesh_does_not_divide_is_refused_by_leaf_and_letter():
   grid = mesh.make(SIZES)
-  with pytest.raises(ValueError, match="embed/w_embed_VD: V=31 is not a multiple of.* model=2"):
+  with pytest.raises(ValueError, match="embed/w_embed_VD: V=31 is not a multiple of.* tensor=2"):
     mesh.shardings(grid, tiny.init(), mesh.RULES)
 
 
 def test_a_batch_the_mesh_does_not_divide_is_refused():
-  with pytest.raises(ValueError, match="batch token_BL: B=6 is not a multiple of.* data=4"):
+  with pytest.raises(ValueError, match="batch token_BL: B=6 is not a multiple of.* fsdp=4"):
     mesh.shard_batch(mesh.make(SIZES), tiny.batch(0, rows=6))
 
 
@@ -111,4 +111,4 @@ def test_a_rule_for_an_axis_the_mesh_has_not_is_refused():
   with pytest.raises(ValueError, match="rule F -> model: the mesh has data"):
     mesh.shardings(grid, tiny.init(), {"F": "model"})
   with pytest.raises(ValueError, match="rule B -> rows: the mesh has data"):
-    mesh.shard_batch(grid, tiny.batch(0), axis="rows")
+    mesh.shard_batch(grid, tiny.batch(0), {"B": "rows"})

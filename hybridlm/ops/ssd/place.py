@@ -8,7 +8,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 
 # Letter -> mesh axis, where a mesh in force has it. Rows and groups of a scan are independent.
-MESH_AXES: Mapping[str, str] = {"B": "data", "L": "sequence", "G": "model"}
+MESH_AXES: Mapping[str, str] = {"B": "data", "L": "sequence", "G": "tensor"}
 
 _only_on = core.Primitive("only_on")
 _only_on.def_abstract_eval(lambda x, *, platform, name: x)

@@ -58,7 +58,7 @@ def test_a_kernel_takes_a_sequence_shorter_than_its_chunk(name):
 def test_under_a_mesh_a_kernel_is_given_its_own_rows_and_groups(name):
   # Along `stage`, which no letter of a scan has, devices do the same work.
   kinds = (AxisType.Auto,) * 3
-  grid = jax.make_mesh((2, 2, 2), ("data", "stage", "model"), axis_types=kinds)
+  grid = jax.make_mesh((2, 2, 2), ("data", "stage", "tensor"), axis_types=kinds)
   with jax.set_mesh(grid):
     text = lowered(lambda given: api.ssd(**given, impl=name), shapes(B=10, G=14), name)
   calls = [line for line in text.splitlines() if "custom_call @tpu" in line or "mosaic_gpu" in line]

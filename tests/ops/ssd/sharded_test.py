@@ -22,7 +22,7 @@ CASES = {
 }
 MESHES = {"sequence=8": {"sequence": 8}, "sequence=5": {"sequence": 5},
           "data=3 sequence=2": {"data": 3, "sequence": 2},
-          "sequence=4 model=2": {"sequence": 4, "model": 2}}
+          "sequence=4 tensor=2": {"sequence": 4, "tensor": 2}}
 VALUES = cases.rounding(L, cases.N)
 GRADIENTS = cases.rounding(L, cases.N, cases.H, cases.P)
 
@@ -96,7 +96,7 @@ def test_rows_and_groups_on_several_devices_give_what_one_gives(name):
   def over_mesh(**arrays):
     return place.over_mesh(scan, arrays, ("y_BLGHP", "state_BGHPN"), place.MESH_AXES)
 
-  with jax.set_mesh(mesh({"data": 3, "model": 2})):
+  with jax.set_mesh(mesh({"data": 3, "tensor": 2})):
     program = jax.jit(lambda given: over_mesh(**given[0], **given[1]))
     text = program.lower(split(cases.make(CASES[name]))).as_text()
     got = outputs_and_gradients(cases.make(CASES[name]), over_mesh)
