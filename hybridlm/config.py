@@ -21,13 +21,18 @@ from hybridlm.blocks import (
 
 __all__ = [
   "KINDS", "PRESETS", "Attention", "Block", "GatedConv", "Llama3Scaling", "Mamba", "Mlp",
-  "ModelConfig", "Rope", "block_name", "check", "leaf_names", "parameters", "shapes",
+  "ModelConfig", "Rope", "block_name", "check", "leaf_names", "parameters", "scale_name",
+  "shapes",
 ]  # the block kinds are part of the config: import them from here
 
 NORMS = ("rmsnorm", "layernorm1p")
 REMATS = ("none", "block", "unit", "dots", "offload")
 STACKS = ("none", "units")
 DTYPES = ("float32", "bfloat16", "float64")
+# How projections of blocks are multiplied, and what their weights are held in.
+QUANTIZED = ("none", "fp8")
+HELD = ("float32", "bfloat16", "int8", "fp8")
+SCALED = ("int8", "fp8")
 # Implementations that `ops` knows by these names, and its scan's default chunk off a CPU.
 SCANS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 ATTENTIONS = ("xla", "cudnn", "splash")
@@ -58,6 +63,11 @@ class ModelConfig:
     chunk: tokens a chunk of the scan; None lets `ops.ssd.api` choose.
     attention: implementation of attention by name; None lets `ops.attention` choose.
     layout: where parameters and activations lie on a mesh, a name of `layout.LAYOUTS`.
+    quantize: "fp8" multiplies the blocks' projections in FP8, forward and backward (see
+      `ops.quantize`); "none" in the compute dtype.
+    wide_ends: blocks at either end that "fp8" leaves in the compute dtype.
+    held: what weights are held in, as `nn.held.hold` makes them: "int8" and "fp8" have a scale for
+      every output channel, in a leaf of its own (`scale_name`).
   """
 
   V: int
@@ -76,6 +86,9 @@ class ModelConfig:
   chunk: int | None = None
   attention: str | None = None
   layout: str = layout.DEFAULT
+  quantize: str = "none"
+  wide_ends: int = 4
+  held: str = "float32"
 
   def __post_init__(self):
     positive("ModelConfig", V=self.V, D=self.D)
@@ -96,6 +109,18 @@ class ModelConfig:
       raise ValueError(f"ModelConfig: eps={self.eps} and init_std={self.init_std} must be positive")
     if self.vocabulary is not None and not 1 <= self.vocabulary <= self.V:
       raise ValueError(f"ModelConfig: vocabulary={self.vocabulary} must lie in 1..V={self.V}")
+    self._check_precision()
+
+  def _check_precision(self) -> None:
+    one_of("ModelConfig", "quantize", self.quantize, QUANTIZED)
+    one_of("ModelConfig", "held", self.held, HELD)
+    if type(self.wide_ends) is not int or self.wide_ends < 0:
+      raise ValueError(f"ModelConfig: wide_ends={self.wide_ends!r} must be a number of blocks")
+    if self.quantize != "none" and 2 * self.wide_ends >= len(self.blocks):
+      raise ValueError(
+        f"ModelConfig: quantize={self.quantize!r} with wide_ends={self.wide_ends} leaves none of "
+        f"the {len(self.blocks)} blocks to quantize; lower wide_ends"
+      )
 
   @classmethod
   def from_pattern(cls, pattern: str, *, V: int, D: int, **sizes: Any) -> "ModelConfig":
@@ -140,6 +165,11 @@ class ModelConfig:
   def real_vocabulary(self) -> int:
     """Tokens that can be predicted: rows of the embedding that are not padding."""
     return self.V if self.vocabulary is None else self.vocabulary
+
+  def at(self, index: int) -> "ModelConfig":
+    """Returns the config that block `index` computes by: wide ends are not quantized."""
+    inside = self.wide_ends <= index < len(self.blocks) - self.wide_ends
+    return self if inside or self.quantize == "none" else self.replace(quantize="none")
 
   def sizes(self, index: int) -> dict[str, int]:
     """Returns letter -> size for block `index`, D and V included."""
@@ -218,6 +248,26 @@ def block_name(index: int) -> str:
   return f"{index:02d}"
 
 
+def scale_name(name: str) -> str:
+  """Returns the leaf with the scales of a held weight's outputs: `w_x_DGHP` -> `scale_x_GHP`.
+
+  A projection reads the residual stream, D on the left, or writes to it, D on the right.
+
+  Raises:
+    ValueError: the leaf is no projection.
+  """
+  letters = axes.of(name)
+  if not name.startswith("w_") or "D" not in (letters[0], letters[-1]):
+    raise ValueError(f"leaf {name!r} is not a projection from or to D")
+  outputs = letters[1:] if letters[0] == "D" else letters[-1]
+  return f"scale_{axes.stem(name).removeprefix('w_')}_{outputs}"
+
+
+def _scale_names(cfg: ModelConfig, block: Block) -> tuple[str, ...]:
+  names = [name for name in block.leaves if name.startswith("w_")]
+  return tuple(map(scale_name, names)) if cfg.held in SCALED else ()
+
+
 def leaf_names(cfg: ModelConfig) -> dict[str, Any]:
   """Returns the canonical tree of a model with each leaf its own name, axes included."""
   norm = ("norm_gain_D",) if cfg.norm == "rmsnorm" else ("norm_gain_D", "norm_bias_D")
@@ -228,7 +278,9 @@ def leaf_names(cfg: ModelConfig) -> dict[str, Any]:
   }
   tree: dict[str, Any] = {key: {name: name for name in names} for key, names in folders.items()}
   tree["blocks"] = {
-    block_name(index): {name: name for name in (*norm, *block.leaves)}
+    block_name(index): {
+      name: name for name in (*norm, *block.leaves, *_scale_names(cfg, block))
+    }
     for index, block in enumerate(cfg.blocks)
   }
   return tree

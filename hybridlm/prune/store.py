@@ -31,7 +31,10 @@ KEY = (
   "noop", "seed",
 )
 # Fields of a config by which it is computed, or made, the same: they change no score.
-FREE = ("context", "dtype", "remat", "init_std", "ssd", "chunk", "attention")
+FREE = (
+  "context", "dtype", "remat", "init_std", "ssd", "chunk", "attention", "stack", "layout",
+  "quantize", "wide_ends", "held",
+)
 Batch = Mapping[str, Any]
 
 
