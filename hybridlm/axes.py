@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 ALPHABET: Mapping[str, str] = {
@@ -132,7 +133,9 @@ def stack(trees: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         f"stack: layer {index} differs from layer 0 at {path}: {other.get(path)} against "
         f"{shapes[0].get(path)}"
       )
-  stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
+  # What lies in the host's memory stays there: a stack may be too large for one device.
+  stacked = jax.tree.map(
+    lambda *parts: (np if isinstance(parts[0], np.ndarray) else jnp).stack(parts), *trees)
   return rename(stacked, lambda name: f"{stem(name)}_X{of(name)}")
 
 

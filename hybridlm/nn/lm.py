@@ -1,5 +1,6 @@
 """The hybrid language model: embedding, a typed list of blocks, final norm, head."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybridlm import config
 from hybridlm.config import Attention, Block, GatedConv, Mamba, Mlp, ModelConfig
-from hybridlm.nn import attention, gated_conv, mamba, mlp, norm
+from hybridlm.nn import attention, gated_conv, mamba, mlp, norm, remat, stack
 from hybridlm.nn.leaves import Folder, Leaves
 
 MIX = {Mamba: mamba.mix, GatedConv: gated_conv.mix, Attention: attention.mix, Mlp: mlp.mix}
@@ -50,7 +51,10 @@ def apply_block(
 
 
 class HybridLM(nn.Module):
-  """A hybrid Mamba-2 / attention / MLP language model over the canonical parameter tree."""
+  """A hybrid Mamba-2 / attention / MLP language model over the canonical parameter tree.
+
+  It declares that tree, and applies the running one of `stack.stacked` too.
+  """
 
   cfg: ModelConfig
 
@@ -87,40 +91,71 @@ class HybridLM(nn.Module):
     Raises:
       ValueError: a tap or an output of another name.
     """
-    known = {name for names in TAPS.values() for name in names}
-    if not set(taps) <= known:
-      raise ValueError(f"tap {min(set(taps) - known)!r} is not one of {', '.join(sorted(known))}")
-    embed_VD = self._folder("embed")["w_embed_VD"]
-    blocks, final = self._blocks(), self._folder("final")
-    head_DV = embed_VD.T if self.cfg.tied else self._folder("head")["w_head_DV"]
-    kept = kept or {}
-    x_BLD = embed_VD[token_BL].astype(self.cfg.dtype)
-    seen = {}
-    for index, block in enumerate(self.cfg.blocks):
-      name = config.block_name(index)
-      x_BLD, seen[name] = self._run(block, blocks[name], x_BLD, segment_BL, kept, name, taps)
-    hidden_BLD = norm.residual(self.cfg, final, x_BLD, kept.get("count"))
-    if output == "hidden":
-      return (hidden_BLD, head_DV.astype(hidden_BLD.dtype)), seen
-    if output != "logits":
-      raise ValueError(f"output {output!r} is not one of logits, hidden")
-    return logits(self.cfg, hidden_BLD, head_DV, kept.get("stay_V")), seen
+    if not self.is_initializing():
+      given = self.variables["params"]
+      if stack.is_stacked(self.cfg, given):
+        return forward(
+          self.cfg, given, token_BL, segment_BL=segment_BL, kept=kept, taps=taps, output=output
+        )
+    params = {"embed": self._folder("embed"), "blocks": self._blocks()}
+    params["final"] = self._folder("final")
+    params |= {} if self.cfg.tied else {"head": self._folder("head")}
+    return forward(
+      self.cfg, params, token_BL, segment_BL=segment_BL, kept=kept, taps=taps, output=output
+    )
 
-  def _run(self, block, leaves, x_BLD, segment_BL, kept, name, taps):
-    def run(leaves, x_BLD, segment_BL, count, inner):
+
+def forward(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  token_BL: Int[Array, "B L"],
+  *,
+  segment_BL: Int[Array, "B L"] | None = None,
+  kept: Kept | None = None,
+  taps: tuple[str, ...] = (),
+  output: str = "logits",
+) -> tuple[Any, dict[str, dict[str, jax.Array]]]:
+  """Returns what `HybridLM` does, of the canonical tree or of `stack.stacked`'s, which it scans.
+
+  Raises:
+    ValueError: a tap or an output of another name.
+  """
+  known = {name for names in TAPS.values() for name in names}
+  if not set(taps) <= known:
+    raise ValueError(f"tap {min(set(taps) - known)!r} is not one of {', '.join(sorted(known))}")
+  embed_VD, kept = params["embed"]["w_embed_VD"], kept or {}
+  head_DV = embed_VD.T if cfg.tied else params["head"]["w_head_DV"]
+  x_BLD = embed_VD[token_BL].astype(cfg.dtype)
+  x_BLD, seen = _run(cfg, params["blocks"], x_BLD, segment_BL, kept, taps)
+  hidden_BLD = norm.residual(cfg, params["final"], x_BLD, kept.get("count"))
+  if output == "hidden":
+    return (hidden_BLD, head_DV.astype(hidden_BLD.dtype)), seen
+  if output != "logits":
+    raise ValueError(f"output {output!r} is not one of logits, hidden")
+  return logits(cfg, hidden_BLD, head_DV, kept.get("stay_V")), seen
+
+
+def _run(cfg, blocks, x_BLD, segment_BL, kept, taps):
+  """Returns the residual stream after all blocks, and their taps by folder."""
+  scanned, inner = len(blocks) < len(cfg.blocks), kept.get("blocks", {})
+  inner = stack.counted(cfg, inner) if scanned else inner
+  trees = {int(name): (stack.bare(leaves) if scanned else leaves, inner.get(name))
+           for name, leaves in blocks.items()}
+  count = kept.get("count")
+
+  def step(index, x_BLD, tree):
+    def block(x_BLD, leaves, segment_BL, count, inner):
       return apply_block(
-        self.cfg,
-        block,
-        leaves,
-        x_BLD,
-        segment_BL=segment_BL,
-        count=count,
-        inner=inner,
+        cfg, cfg.blocks[index], leaves, x_BLD, segment_BL=segment_BL, count=count, inner=inner,
         taps=taps,
       )
 
-    run = jax.checkpoint(run) if self.cfg.remat == "block" else run
-    return run(leaves, x_BLD, segment_BL, kept.get("count"), kept.get("blocks", {}).get(name))
+    run = remat.around_block(cfg.remat, block, scanned=scanned)
+    return run(x_BLD, tree[0], segment_BL, count, tree[1])
+
+  around = functools.partial(remat.around_unit, cfg.remat, scanned=scanned)
+  x_BLD, seen = stack.run(cfg, x_BLD, trees, step, around)
+  return x_BLD, {config.block_name(index): seen[index] for index in sorted(seen)}
 
 
 def logits(
