@@ -13,7 +13,8 @@ SEARCHED = ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "lay
 
 def source(kind: str, path: str = "") -> ml_collections.ConfigDict:
   """A source of text; fields as in `hybridlm.data.sources.Source`."""
-  return ml_collections.ConfigDict({"kind": kind, "path": path, "field": "text", "rule": "tenth"})
+  return ml_collections.ConfigDict(
+    {"kind": kind, "path": path, "field": "text", "rule": "tenth", "template": "plain"})
 
 
 def training(steps: int, peak: float) -> ml_collections.ConfigDict:
@@ -34,6 +35,7 @@ def training(steps: int, peak: float) -> ml_collections.ConfigDict:
     "validate_every": 100,  # steps
     "validate_batches": 4,
     "save_every": 200,  # steps between checkpoints, kept while the run lasts
+    "profile": (),  # (START, STOP): the steps after START up to STOP leave a trace for XProf
   })
 
 
@@ -45,8 +47,8 @@ def model() -> ml_collections.ConfigDict:
   for letter in "VDFKJEGHPNW":
     c[letter] = config_dict.placeholder(int)  # V unset: as many rows as the tokenizer has ids
   # Unset: what `hybridlm.ModelConfig` and its blocks take, or the preset. Of an imported teacher
-  # only dtype, remat, ssd, attention and chunk can be set.
-  for name in ("activation", "norm", "dtype", "remat", "ssd", "attention"):
+  # only dtype, remat, stack, ssd, attention and chunk can be set.
+  for name in ("activation", "norm", "dtype", "remat", "stack", "ssd", "attention"):
     c[name] = config_dict.placeholder(str)
   c.tied = config_dict.placeholder(bool)
   c.chunk = config_dict.placeholder(int)
@@ -225,6 +227,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.distil.temperature = 1.0
   c.distil.kl = 1.0
   c.distil.ce = 0.0
+  # A folder that `experiments.teacher` wrote: its tokens and probabilities stand for the teacher.
+  c.distil.store = ""
+  # Several runs, each from where the last one ended: ({"steps": 100, "length": 8192}, {"steps": 50,
+  # "length": 49152, "batch": 2, "phases": (..)}). What one does not say is as above; () is one run.
+  c.distil.stages = ()
+  # How `experiments.teacher` keeps log-probabilities: "float16", or exactly, "float32".
+  c.store = ml_collections.ConfigDict({"dtype": "float16", "file_mib": 256})
 
   # "hf" writes the distilled model as a Hugging Face folder, by the name of a family or the first
   # that can express it, and loads it back.

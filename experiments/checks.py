@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments import exchange
+from experiments import exchange, observing
 from experiments.mistakes import about
 from hybridlm import axes, config
 from hybridlm import layout as layouts
@@ -61,6 +61,7 @@ def values(c: ConfigDict, grid: Mesh) -> None:
   _names(c)
   _loss(c.distil)
   _optional(c)
+  observing.check(c)
 
 
 def _value(c: ConfigDict, path: str) -> Any:

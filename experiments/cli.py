@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from experiments import console, memory, stages
+from experiments import console, memory, observing, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -24,7 +24,7 @@ class Job(NamedTuple):
 
   config: every value, overrides applied.  file: where they come from, as given.  workdir: where
   artefacts go.  cache: what workdirs share (teachers, token ids, compiled programs).  dry_run: say
-  what would be done, and do nothing.
+  what would be done, and do nothing.  profile: steps to trace, see `observing.traced`.
   """
 
   config: ConfigDict
@@ -32,6 +32,7 @@ class Job(NamedTuple):
   workdir: pathlib.Path
   cache: pathlib.Path
   dry_run: bool
+  profile: tuple[int, int] | None = None
 
 
 def start(main: Callable[[Job], None]) -> None:
@@ -70,13 +71,18 @@ def parse(argv: Sequence[str]) -> Job | None:
   flags.DEFINE_bool(
     "dry_run", False, "Print stages, sizes and memory; compute nothing.", flag_values=values
   )
+  flags.DEFINE_string(
+    "profile", None, "START:STOP: the steps of the distillation after START up to STOP leave a "
+    "trace for XProf in the stage's folder `trace`.", flag_values=values,
+  )
   flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
   file = read(values, argv, like=base.get_config())
   if file is None:
     return None
   workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
   cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
-  return Job(values.config, file, workdir, cache, values.dry_run)
+  profile = None if values.profile is None else observing.steps_of(values.profile)
+  return Job(values.config, file, workdir, cache, values.dry_run, profile=profile)
 
 
 def read(values: flags.FlagValues, argv: Sequence[str], *, like: ConfigDict) -> str | None:

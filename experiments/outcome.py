@@ -145,7 +145,7 @@ def write_report(s: Setup, made: Sequence[Stage], models: Mapping[str, str]) -> 
       plan=Plan.load(inputs["plan"] / "plan.json"), facts=_facts(s, inputs, logs, results),
     )
 
-  return Stage("report", {"name": s.c.name}, write, needs=names, version=3)
+  return Stage("report", {"name": s.c.name}, write, needs=names, version=4)
 
 
 def _facts(s: Setup, inputs: Inputs, logs, results) -> dict[str, str]:

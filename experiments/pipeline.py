@@ -7,6 +7,7 @@ from experiments import (
   calibration,
   census,
   cli,
+  observing,
   outcome,
   pruning,
   report,
@@ -122,7 +123,8 @@ def execute(job: cli.Job, *names: str) -> dict[str, pathlib.Path]:
     ValueError: bad input; the workdir is as it was.
     FileNotFoundError: the same, where a file is missing.
   """
-  s = settings.setup(job.config, settings.mesh(job.config), cache=job.cache)
+  config = observing.traced(job.config, job.profile, names)
+  s = settings.setup(config, settings.mesh(config), cache=job.cache)
   made = build(s)
   made = until(made, *names) if names else made
   owner = {"config": s.c.name, "file": cli.origin(job.file)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import hybridlm
-from experiments import artefacts, plots
+from experiments import artefacts, observing, plots
 from hybridlm import config
 from hybridlm.config import ModelConfig
 from hybridlm.prune.plan import Plan
@@ -24,6 +24,13 @@ NAMES = {
 HEADER = (
   "model", "parameters", "bits/byte in domain", "bits/byte out of domain", "top-1 agreement",
   "KL to teacher (nats)", "training tokens/s", "forward tokens/s",
+)
+
+TIMES = (
+  "Shares are of wall time. The device waits for data only while it has nothing else to do; other: "
+  "the host looks at results and calls steps. MFU: FLOPs of the model's forward and backward, "
+  "padding included and nothing computed twice counted, of the published peak; a dash: the device "
+  "has none here."
 )
 
 
@@ -81,6 +88,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Returns a Markdown table, numbers to the right."""
   lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def times(timed: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns the table of where training runs spent their time: name -> `observing.split`."""
+  rows = [observing.row(label(name), timed[name]) for name in ordered(timed)]
+  return table(observing.HEADER, rows)
 
 
 def verdicts(results: Mapping[str, Any], ngrams: Mapping[str, Sequence[float]]) -> list[str]:
@@ -233,6 +246,9 @@ def write(
       levels["small model"] = {f"{label(reference(logs))}, at its end": ended}
     plots.curves(panels, levels, folder / "loss.png", y_label="cross-entropy (nats a token)")
     body += ["## Loss", "", "Thin: training. Dotted: validation.", "", "![loss](loss.png)", ""]
+  timed = {name: made["time"] for name, made in summaries.items() if "time" in made}
+  if timed:
+    body += ["## Where the time went", "", times(timed), "", TIMES, ""]
   if findings:
     body += ["## Which heads, and how many", "", findings, ""]
   body += ["## How it was made", "", *(f"* {name}: {text}" for name, text in facts.items()), ""]

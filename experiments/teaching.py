@@ -14,7 +14,7 @@ from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
 
 # Keys of a training run that change how it is watched and saved, not what comes out.
-WATCHING = ("validate_every", "validate_batches", "save_every")
+WATCHING = ("validate_every", "validate_batches", "save_every", "profile")
 
 
 def recipe(run: ConfigDict) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def distil(s: Setup) -> Stage:
     made = training.Recipe(
       cfg=cfg, params=float32(params),
       loss_fn=hybridlm.distillation_loss(cfg, teacher_cfg, **loss),
-      frozen=held, train=s.train_batches(run, s.c.seed + 1),
+      frozen=held, teacher=teacher_cfg, train=s.train_batches(run, s.c.seed + 1),
       valid=s.validation(run), like=inputs["teacher"] / exchange.LIKE,
     )
     training.train(folder, made, run, s.grid)

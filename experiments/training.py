@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import artefacts, evaluation, settings
+from experiments import artefacts, evaluation, observing, settings
 from hybridlm.config import ModelConfig
 from hybridlm.data.pipeline import Batch, Batches
 from hybridlm.train import checkpoint, loop, metrics, state, step
@@ -25,7 +25,7 @@ class Recipe(NamedTuple):
   cfg: the model.  params: where it starts.  loss_fn: `(params, frozen, batch) -> sums`.  frozen:
   what the loss reads and nothing changes, e.g. the teacher's parameters.  train: batches with a
   position.  valid: batches the loss is watched on.  like: a folder whose tokenizer files lie beside
-  the weights, see `artefacts.save_model`.
+  the weights, see `artefacts.save_model`.  teacher: what the loss runs forward with `frozen`.
   """
 
   cfg: ModelConfig
@@ -35,6 +35,7 @@ class Recipe(NamedTuple):
   train: Batches
   valid: Sequence[Batch]
   like: pathlib.Path | None = None
+  teacher: ModelConfig | None = None
 
 
 class Spread:
@@ -107,6 +108,7 @@ def _train(
       advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
       validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
       save_every=run.save_every, keep=2, progress="auto",
+      watch=observing.watch(recipe.cfg, recipe.teacher, run.profile),
     )
   artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params), like=recipe.like)
   artefacts.write_json(folder / LOG, log(history))
@@ -129,5 +131,6 @@ def log(history: Sequence[metrics.Record]) -> dict[str, Any]:
       "seconds": seconds,
       "tokens_per_second": seen / seconds,
       "machine": evaluation.machine(),
+      "time": observing.split(history),
     },
   }

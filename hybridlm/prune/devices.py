@@ -67,6 +67,20 @@ DEVICES: Mapping[str, Device] = {
   "rtx5090": _gpu(209.5, 104.8, 1792, 32),
 }
 
+# What JAX calls them; other models of a family (PCIe, NVL, MIG slices) have other peaks.
+KINDS: Mapping[str, str] = {
+  "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA A100-SXM4-80GB": "a100",
+  "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A10G": "a10g", "NVIDIA L4": "l4",
+  "NVIDIA L40S": "l40s", "NVIDIA GeForce RTX 4090": "rtx4090",
+  "NVIDIA GeForce RTX 5090": "rtx5090",
+}
+
+
+def of_kind(kind: str) -> Device | None:
+  """Returns the chip that JAX's `device_kind` names; None: one that is not in the table."""
+  return DEVICES[KINDS[kind]] if kind in KINDS else None
+
 
 def device(name: str) -> Device:
   """Returns a chip by name.

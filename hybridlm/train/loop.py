@@ -48,7 +48,7 @@ def run(
   save_every: int = 0,
   keep: int = 3,
   progress: str = "bar",
-  watch: observe.Watch = observe.Watch(),
+  watch: observe.Watch = observe.NOTHING,
 ) -> tuple[states.TrainState, list[metrics.Record]]:
   """Returns the state after `steps` updates and the history: all records, those of before a
   restart included.
@@ -225,6 +225,7 @@ def _summary(
     "learning_rate": float(values[-1]["learning_rate"]),
     "weight": math.fsum(weights),
     "tokens_per_second": math.fsum(weights) / seconds,
+    "steps": len(waiting),
     "step_seconds": seconds / len(waiting),
     **times,
     **observe.utilisation(watch, [done.shape for done in waiting], seconds),

@@ -29,6 +29,9 @@ class Watch(NamedTuple):
   profile: tuple[int, int] | None = None
 
 
+NOTHING = Watch()
+
+
 def check_profile(profile: tuple[int, int] | None) -> None:
   """Raises unless the steps to trace are some.
 

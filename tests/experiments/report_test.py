@@ -121,16 +121,20 @@ def test_bars_are_coloured_by_what_the_plan_keeps(tmp_path, monkeypatch):
 
 
 def test_the_log_counts_tokens_and_averages_speed_over_them():
+  times = {"steps": 1, "step_seconds": 2.0, "data_seconds": 0.5, "idle_seconds": 0.25,
+           "device_seconds": 1.5}
   history = [
-    {"step": 2, "split": "train", "ce": 3.0, "weight": 100.0, "tokens_per_second": 50.0},
-    {"step": 2, "split": "valid", "ce": 3.5},
-    {"step": 3, "split": "train", "ce": 2.0, "weight": 50.0, "tokens_per_second": 100.0},
+    {"step": 2, "split": "train", "ce": 3.0, "weight": 100.0, "tokens_per_second": 50.0} | times,
+    {"step": 2, "split": "valid", "ce": 3.5, "validate_seconds": 1.0},
+    {"step": 2, "split": "save", "checkpoint_seconds": 1.0},
+    {"step": 3, "split": "train", "ce": 2.0, "weight": 50.0, "tokens_per_second": 100.0} | times,
   ]
   log = training.log(history)
   assert log["train"] == [{"tokens": 100, "ce": 3.0}, {"tokens": 150, "ce": 2.0}]
   assert log["valid"] == [{"tokens": 100, "ce": 3.5}]
   assert log["summary"]["tokens_per_second"] == pytest.approx(150 / 2.5)
   assert (log["summary"]["steps"], log["summary"]["tokens"]) == (3, 150)
+  assert log["summary"]["time"]["seconds"] == 6.0
 
 
 def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
