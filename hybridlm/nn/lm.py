@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybridlm import config
 from hybridlm.config import Attention, Block, GatedConv, Mamba, Mlp, ModelConfig
-from hybridlm.nn import attention, gated_conv, mamba, mlp, norm, remat, stack
+from hybridlm.nn import attention, gated_conv, held, mamba, mlp, norm, remat, stack
 from hybridlm.nn.leaves import Folder, Leaves
 
 MIX = {Mamba: mamba.mix, GatedConv: gated_conv.mix, Attention: attention.mix, Mlp: mlp.mix}
@@ -43,6 +43,7 @@ def apply_block(
   A pure function of the block's own leaves. `count` and `inner` are the surviving entries its
   norms average over (see `prune.cut.mask`); None averages over all.
   """
+  leaves, x_BLD = held.restore(leaves, x_BLD)
   norm_BLD = norm.residual(cfg, leaves, x_BLD, count)
   y_BLD, seen = MIX[type(block)](cfg, block, leaves, norm_BLD, segment_BL=segment_BL, count=inner)
   out_BLD = x_BLD + y_BLD
@@ -146,8 +147,8 @@ def _run(cfg, blocks, x_BLD, segment_BL, kept, taps):
   def step(index, x_BLD, tree):
     def block(x_BLD, leaves, segment_BL, count, inner):
       return apply_block(
-        cfg, cfg.blocks[index], leaves, x_BLD, segment_BL=segment_BL, count=count, inner=inner,
-        taps=taps,
+        cfg.at(index), cfg.blocks[index], leaves, x_BLD, segment_BL=segment_BL, count=count,
+        inner=inner, taps=taps,
       )
 
     run = remat.around_block(cfg.remat, block, scanned=scanned)

@@ -39,7 +39,7 @@ def program(cfg: ModelConfig) -> Program:
 
 def alike(cfg: ModelConfig) -> tuple[Hashable, ...]:
   """Returns what must be equal of two blocks for one program to run both, for each block."""
-  return tuple(cfg.blocks)
+  return tuple((block, cfg.at(index).quantize) for index, block in enumerate(cfg.blocks))
 
 
 @functools.lru_cache(maxsize=256)

@@ -58,6 +58,11 @@ def test_blocks_of_other_sizes_are_other_kinds():
   assert stack.members(stack.program(wide)) == {0: (0,), 1: (1,), 2: (2,), 3: (3,)}
 
 
+def test_blocks_at_the_ends_that_stay_wide_are_other_kinds_than_those_in_fp8():
+  cfg = models.make(pattern="-" * 9, quantize="fp8", wide_ends=3)
+  assert stack.program(cfg) == (Loop(3, (0,)), Loop(3, (3,)), Loop(3, (6,)))
+
+
 def test_unstacking_gives_back_every_leaf_and_stacks_name_their_axis():
   cfg = make()
   params = models.params(cfg, 3.0)
