@@ -28,7 +28,8 @@ def get(
   partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
   try:
     with partial.open("wb") as file:
-      np.savez(file, flat=tokens.flat, start=tokens.start, eot=tokens.eot)
+      counts = {} if tokens.counts is None else {"counts": tokens.counts}
+      np.savez(file, flat=tokens.flat, start=tokens.start, eot=tokens.eot, **counts)
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
@@ -39,6 +40,7 @@ def _read(path: pathlib.Path) -> packing.Tokens:
   with path.open("rb") as file:
     try:
       with np.load(file, allow_pickle=False) as kept:
-        return packing.Tokens(kept["flat"], kept["start"], int(kept["eot"]))
+        counts = kept["counts"] if "counts" in kept else None
+        return packing.Tokens(kept["flat"], kept["start"], int(kept["eot"]), counts)
     except (zipfile.BadZipFile, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
       raise ValueError(f"{path} is damaged: remove it and the ids are made anew") from error

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int, Integer, Shaped
+from jaxtyping import Bool, Int, Integer, Shaped
 
 Row = dict[str, Shaped[np.ndarray, "L"]]
 
@@ -16,16 +16,22 @@ class Tokens(NamedTuple):
   flat: every id, the eot before each document and the one after the last.
   start: where each document's eot lies in flat, and where the last eot lies.
   eot: the id that separates.
+  counts: which ids are targets; None: all are. An eot goes with the document before it.
   """
 
   flat: Integer[np.ndarray, "tokens"]
   start: Int[np.ndarray, "documents_and_one"]
   eot: int
+  counts: Bool[np.ndarray, "tokens"] | None = None
 
 
-def join(documents: Sequence[Integer[np.ndarray, "_"]], *, eot: int, V: int) -> Tokens:
+def join(
+  documents: Sequence[Integer[np.ndarray, "_"]], *, eot: int, V: int,
+  counts: Sequence[Bool[np.ndarray, "_"]] | None = None,
+) -> Tokens:
   """Returns the documents' ids in one array, two bytes an id where V allows it.
 
+  counts: which ids of each document, and of the eot after it, are targets; None: all are.
   Raises ValueError where an id is outside the V of the model that will read it.
   """
   sizes = np.array([len(ids) + 1 for ids in documents], np.int64)
@@ -36,7 +42,8 @@ def join(documents: Sequence[Integer[np.ndarray, "_"]], *, eot: int, V: int) -> 
       bad = ids.min() if ids.min() < 0 else ids.max()
       raise ValueError(f"document {number} holds id {bad}, outside the vocabulary of {V}")
     flat[start[number] + 1 : start[number + 1]] = ids
-  return Tokens(flat, start, eot)
+  marks = None if counts is None else np.concatenate([np.ones(1, bool), *counts])
+  return Tokens(flat, start, eot, marks)
 
 
 class Rows(grain.MapDataset):
@@ -83,7 +90,10 @@ class Rows(grain.MapDataset):
 
 
 def _row(tokens: Tokens, base, edge, *, first: int, length: int) -> Row:
-  """Returns positions first .. first + length of the epoch; past its end weights are 0."""
+  """Returns positions first .. first + length of the epoch.
+
+  Weights are 0 past its end, and where the next id is no target.
+  """
   stop = min(first + length, int(edge[-1]))
   low, high = np.searchsorted(edge, [first, stop - 1], side="right") - 1
   begin, end = edge[low : high + 1], edge[low + 1 : high + 2]
@@ -95,6 +105,6 @@ def _row(tokens: Tokens, base, edge, *, first: int, length: int) -> Row:
   token_L[:real] = tokens.flat[place]
   target_L[:real] = tokens.flat[place + 1]  # after a document's last id, in any order, lies an eot
   segment_L[:real] = np.repeat(np.arange(1, len(count) + 1), count)
-  weight_L[:real] = 1
+  weight_L[:real] = 1 if tokens.counts is None else tokens.counts[place + 1]
   return {"token_BL": token_L, "target_BL": target_L, "segment_BL": segment_L,
           "weight_BL": weight_L}

