@@ -1,23 +1,56 @@
 """Running our commands in processes of their own, on one device, as a user's shell would."""
 
+import atexit
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from typing import IO
 
 TOY = "--config=configs/quickstart_toy.py"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Calls commands one after the other in one process: importing JAX costs more than most of them.
+# Calls commands as it is told, line by line: importing JAX costs more than most of them.
 DRIVER = """
-import contextlib, importlib, io, json, sys
+import contextlib, importlib, io, json, os, sys
 from experiments import cli
-for name, argv in json.load(sys.stdin):
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = cli.call(importlib.import_module(f"experiments.{name}").main, [name, *argv])
-  print(json.dumps([code, out.getvalue(), err.getvalue()]))
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+  order, told = json.loads(line), []
+  os.chdir(order["cwd"])
+  for name, argv in order["calls"]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      code = cli.call(importlib.import_module(f"experiments.{name}").main, [name, *argv])
+    told.append([code, out.getvalue(), err.getvalue()])
+  os.chdir("/")
+  print(json.dumps(told), file=answers, flush=True)
 """
+
+
+@functools.cache
+def _driver(extra: tuple[tuple[str, str], ...], number: int) -> tuple[subprocess.Popen, IO[str]]:
+  """Returns a process that drives commands while the tests last, and where its errors go."""
+  errors = tempfile.TemporaryFile("w+")
+  process = subprocess.Popen(
+    [sys.executable, "-W", "error", "-c", DRIVER], text=True, stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE, stderr=errors, env=environment(**dict(extra)),
+  )
+  atexit.register(_end, process, errors)
+  return process, errors
+
+
+def _end(process: subprocess.Popen, errors: IO[str]) -> None:
+  process.stdin.close()
+  process.wait()
+  process.stdout.close()
+  errors.close()
+
+
+# How often a driver has died of a bug in a command; the next test gets a new one.
+_DIED: list[str] = []
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -28,14 +61,22 @@ def environment(**extra: str) -> dict[str, str]:
 def drive(calls, *, cwd: pathlib.Path, **extra: str) -> list[tuple[int, str, str]]:
   """Returns exit code, output and error output of each call `(command, arguments)`.
 
-  `extra` are environment variables.
+  Calls with the same environment share a process, one after the other; `extra` are its variables.
   """
-  done = subprocess.run(
-    [sys.executable, "-W", "error", "-c", DRIVER], input=json.dumps(list(calls)), text=True,
-    capture_output=True, cwd=cwd, env=environment(**extra), check=False,
-  )
-  assert done.returncode == 0, done.stderr[-4000:]
-  return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+  process, errors = _driver(tuple(sorted(extra.items())), len(_DIED))
+  order = {"cwd": str(cwd), "calls": [[name, list(argv)] for name, argv in calls]}
+  try:
+    process.stdin.write(json.dumps(order) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+  except BrokenPipeError:
+    line = ""
+  if not line:
+    process.wait()
+    errors.seek(0)
+    _DIED.append(errors.read()[-4000:])
+    raise AssertionError(f"the process that runs commands ended: {_DIED[-1]}")
+  return [tuple(told) for told in json.loads(line)]
 
 
 def command(name: str, *argv: str) -> list[str]:
