@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridlm import layout
 from hybridlm.config import Attention, ModelConfig
 from hybridlm.nn import cache
 from hybridlm.nn.cache import AttentionState
@@ -18,7 +19,8 @@ def _turn(block, heads_BLE, position_L):
   """Returns heads with their rotary channels turned, if the block has any."""
   if block.rope is None:
     return heads_BLE
-  frequency = jnp.asarray(block.rope.frequencies(block.E), jnp.float32)
+  dtype = jnp.promote_types(heads_BLE.dtype, jnp.float32)
+  frequency = jnp.asarray(block.rope.frequencies(block.E), dtype)
   return rotate(
     heads_BLE,
     position_L,
@@ -28,10 +30,10 @@ def _turn(block, heads_BLE, position_L):
   )
 
 
-def _output(block, leaves, head_BLKJE):
+def _output(cfg, block, leaves, head_BLKJE):
   """Returns the output projection of the heads."""
   w_o_KJED = leaves["w_o_KJED"].astype(head_BLKJE.dtype)
-  y_BLD = project(head_BLKJE, w_o_KJED, inputs=3)
+  y_BLD = project(head_BLKJE, w_o_KJED, inputs=3, quantize=cfg.quantize)
   return y_BLD + leaves["b_o_D"].astype(head_BLKJE.dtype) if block.bias else y_BLD
 
 
@@ -49,10 +51,13 @@ def mix(
   Taps: `q_BLKJE` and `k_BLKE` (turned), `v_BLKE`, and `head_BLKJE`, the heads' outputs before the
   output projection. `count` is not used: there is no norm inside.
   """
-  cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
-  q_BLKJE = project(x_BLD, cast["w_q_DKJE"])
-  k_BLKE = project(x_BLD, cast["w_k_DKE"])
-  v_BLKE = project(x_BLD, cast["w_v_DKE"])
+  cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
+
+  def read(stem, heads):
+    y_BL = project(x_BLD, cast[f"w_{stem}_D{heads}"], quantize=cfg.quantize)
+    return layout.constrain(cfg.layout, y_BL, f"BL{heads}")
+
+  q_BLKJE, k_BLKE, v_BLKE = read("q", "KJE"), read("k", "KE"), read("v", "KE")
   if block.bias:
     q_BLKJE = q_BLKJE + cast["b_q_KJE"]
     k_BLKE, v_BLKE = k_BLKE + cast["b_k_KE"], v_BLKE + cast["b_v_KE"]
@@ -66,9 +71,10 @@ def mix(
     segment_BS=segment_BL,
     window=block.window,
     impl=cfg.attention,
+    mesh_axes=layout.LAYOUTS[cfg.layout].activations,
   )
   seen = {"q_BLKJE": q_BLKJE, "k_BLKE": k_BLKE, "v_BLKE": v_BLKE, "head_BLKJE": head_BLKJE}
-  return _output(block, leaves, head_BLKJE), seen
+  return _output(cfg, block, cast, head_BLKJE), seen
 
 
 def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
@@ -117,7 +123,7 @@ def prefill(
     v_BSKE = jnp.take_along_axis(v_BLKE, jnp.maximum(held_BS, 0), axis=1)
     return jnp.moveaxis(jnp.where(held_BS >= 0, v_BSKE, 0), 1, 2)
 
-  return _output(block, leaves, head_BLKJE), AttentionState(fill(k_BLKE), fill(v_BLKE))
+  return _output(cfg, block, leaves, head_BLKJE), AttentionState(fill(k_BLKE), fill(v_BLKE))
 
 
 def step(
@@ -138,4 +144,4 @@ def step(
     attention_step.put(state.v_BKSE, v_BLKE[:, 0], position_B),
   )
   head_BKJE = attention_step.attend(q_BLKJE[:, 0], *state, position_B)
-  return _output(block, leaves, head_BKJE[:, None]), state
+  return _output(cfg, block, leaves, head_BKJE[:, None]), state

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridlm import layout
 from hybridlm.config import GatedConv, ModelConfig
 from hybridlm.nn import mamba
 from hybridlm.nn.cache import ConvState
@@ -15,7 +16,8 @@ from hybridlm.ops.project import project
 
 def _skip(leaves, u_BLGHP):
   """Returns skip times u in u's dtype: all that the scan gives without a state."""
-  skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
+  wide_BLGHP = u_BLGHP.astype(jnp.promote_types(u_BLGHP.dtype, jnp.float32))
+  skipped_BLGHP = leaves["skip_GH"][..., None] * wide_BLGHP
   return skipped_BLGHP.astype(u_BLGHP.dtype)
 
 
@@ -32,13 +34,17 @@ def mix(
 
   Taps and `count` are those of `mamba.mix`, without what belongs to the state.
   """
-  cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
-  z_BLGHP, x_BLGHP = project(x_BLD, cast["w_z_DGHP"]), project(x_BLD, cast["w_x_DGHP"])
-  bias = cast.get("conv_bias_x_GHP")
-  u_BLGHP = jax.nn.silu(
-    causal_conv(x_BLGHP, cast["conv_x_WGHP"], bias, segment_BL=segment_BL)
+  cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
+  z_BLGHP, x_BLGHP = (
+    layout.constrain(cfg.layout, project(x_BLD, cast[name], quantize=cfg.quantize), "BLGHP")
+    for name in ("w_z_DGHP", "w_x_DGHP")
   )
+  u_BLGHP = jax.nn.silu(causal_conv(
+    x_BLGHP, cast["conv_x_WGHP"], cast.get("conv_bias_x_GHP"), segment_BL=segment_BL,
+    channels="GHP", mesh_axes=layout.LAYOUTS[cfg.layout].activations,
+  ))
   count_G = (count or {}).get("count_G")
+  leaves = {**leaves, "w_out_GHPD": cast["w_out_GHPD"]}
   y_BLD, y_BLGHP = mamba.finish(cfg, leaves, _skip(leaves, u_BLGHP), z_BLGHP, count_G=count_G)
   return y_BLD, {"x_BLGHP": x_BLGHP, "z_BLGHP": z_BLGHP, "u_BLGHP": u_BLGHP, "y_BLGHP": y_BLGHP}
 

@@ -57,6 +57,7 @@ INITS: Mapping[str, Init] = {
   **dict.fromkeys("w_out w_o w_down".split(), _output),
   **dict.fromkeys("conv_x conv_b conv_c".split(), _taps),
   **dict.fromkeys("norm_gain gate_gain skip".split(), _ones),
+  **{f"scale_{stem}": _ones for stem in "z x b c dt out q k v o up gate down".split()},
   **dict.fromkeys(
     "norm_bias conv_bias_x conv_bias_b conv_bias_c b_q b_k b_v b_o b_up b_gate b_down".split(),
     _zeros,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridlm import layout
 from hybridlm.config import Mamba, ModelConfig
 from hybridlm.nn.cache import MambaState
 from hybridlm.ops import norm
@@ -20,14 +21,16 @@ def step_size(
   dt_bias_GH: Float[Array, "G H"],
   limits: tuple[float, float],
 ) -> Float[Array, "B L G H"]:
-  """Returns dt = clip(softplus(raw + bias), limits) in float32, in prefill and decode alike."""
-  dt_BLGH = jax.nn.softplus(raw_BLGH.astype(jnp.float32) + dt_bias_GH)
+  """Returns dt = clip(softplus(raw + bias), limits) in float32 or wider, in prefill and decode."""
+  wide_BLGH = raw_BLGH.astype(jnp.promote_types(raw_BLGH.dtype, jnp.float32))
+  dt_BLGH = jax.nn.softplus(wide_BLGH + dt_bias_GH)
   return jnp.clip(dt_BLGH, *limits)
 
 
 def rates(leaves: Mapping[str, jax.Array]) -> Float[Array, "G H"]:
-  """Returns A, negative, in float32."""
-  return -jnp.exp(leaves["a_log_GH"].astype(jnp.float32))
+  """Returns A, negative, in float32 or wider."""
+  a_log_GH = leaves["a_log_GH"]
+  return -jnp.exp(a_log_GH.astype(jnp.promote_types(a_log_GH.dtype, jnp.float32)))
 
 
 def finish(
@@ -43,7 +46,7 @@ def finish(
     y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=count_G
   )
   w_out_GHPD = leaves["w_out_GHPD"].astype(y_BLGHP.dtype)
-  return project(y_BLGHP, w_out_GHPD, inputs=3), y_BLGHP
+  return project(y_BLGHP, w_out_GHPD, inputs=3, quantize=cfg.quantize), y_BLGHP
 
 
 def mix(
@@ -59,19 +62,25 @@ def mix(
 
   Taps: `x_BLGHP` and `z_BLGHP` (projections, before the convolution), `u_BLGHP`, `b_BLGN` and
   `c_BLGN` (after convolution and SiLU), `dt_BLGH` (after softplus and limits), `y_BLGHP` (gated
-  and normed, the input of the output projection). `count["count_G"]` is the number of surviving
-  channels in each group's gated norm.
+  and normed, the input of the output projection), `state_BGHPN` (the SSM's, after the last
+  position). `count["count_G"]` is the number of surviving channels in each group's gated norm.
   """
-  cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
-  z_BLGHP, x_BLGHP = project(x_BLD, cast["w_z_DGHP"]), project(x_BLD, cast["w_x_DGHP"])
-  b_BLGN, c_BLGN = project(x_BLD, cast["w_b_DGN"]), project(x_BLD, cast["w_c_DGN"])
-  dt_BLGH = project(x_BLD, cast["w_dt_DGH"], dtype=jnp.float32)
+  cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
+  mesh_axes = layout.LAYOUTS[cfg.layout].activations
+  wide = jnp.promote_types(x_BLD.dtype, jnp.float32)
+
+  def read(stem, letters, dtype=None):
+    y_BL = project(x_BLD, cast[f"w_{stem}_D{letters}"], quantize=cfg.quantize, dtype=dtype)
+    return layout.constrain(cfg.layout, y_BL, f"BL{letters}")
+
+  z_BLGHP, x_BLGHP = read("z", "GHP"), read("x", "GHP")
+  b_BLGN, c_BLGN, dt_BLGH = read("b", "GN"), read("c", "GN"), read("dt", "GH", wide)
 
   def conv(array, stem, letters):
-    bias = cast.get(f"conv_bias_{stem}_{letters}")
-    return jax.nn.silu(
-      causal_conv(array, cast[f"conv_{stem}_W{letters}"], bias, segment_BL=segment_BL)
-    )
+    taps, bias = cast[f"conv_{stem}_W{letters}"], cast.get(f"conv_bias_{stem}_{letters}")
+    return jax.nn.silu(causal_conv(
+      array, taps, bias, segment_BL=segment_BL, channels=letters, mesh_axes=mesh_axes
+    ))
 
   seen = {
     "x_BLGHP": x_BLGHP,
@@ -81,7 +90,7 @@ def mix(
     "c_BLGN": conv(c_BLGN, "c", "GN"),
     "dt_BLGH": step_size(dt_BLGH, leaves["dt_bias_GH"], block.dt_limits),
   }
-  y_BLGHP, _ = ssd(
+  y_BLGHP, state_BGHPN = ssd(
     seen["u_BLGHP"],
     seen["dt_BLGH"],
     rates(leaves),
@@ -91,10 +100,12 @@ def mix(
     segment_BL=segment_BL,
     impl=cfg.ssd,
     chunk=cfg.chunk,
+    mesh_axes=mesh_axes,
   )
   count_G = (count or {}).get("count_G")
+  leaves = {**leaves, "w_out_GHPD": cast["w_out_GHPD"]}
   y_BLD, y_BLGHP = finish(cfg, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
-  return y_BLD, seen | {"y_BLGHP": y_BLGHP}
+  return y_BLD, seen | {"y_BLGHP": y_BLGHP, "state_BGHPN": state_BGHPN}
 
 
 def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:

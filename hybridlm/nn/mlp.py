@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridlm import layout
 from hybridlm.config import Mlp, ModelConfig
 from hybridlm.ops.project import project
 
@@ -24,16 +25,21 @@ def mix(
   Taps: `up_BLF` (the first projection) and `act_BLF` (the input of the last). Positions do not
   see each other, so `segment_BL` is not used; nor is `count`, for there is no norm inside.
   """
-  cast = {name: leaf.astype(x_BLD.dtype) for name, leaf in leaves.items()}
-  up_BLF = project(x_BLD, cast["w_up_DF"])
+  cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
+
+  def read(stem):
+    y_BLF = project(x_BLD, cast[f"w_{stem}_DF"], quantize=cfg.quantize)
+    return layout.constrain(cfg.layout, y_BLF, "BLF")
+
+  up_BLF = read("up")
   if block.bias:
     up_BLF = up_BLF + cast["b_up_F"]
   if block.activation == "relu2":
     act_BLF = jnp.square(jax.nn.relu(up_BLF))
   else:
-    gate_BLF = project(x_BLD, cast["w_gate_DF"])
+    gate_BLF = read("gate")
     act_BLF = jax.nn.silu(gate_BLF + cast["b_gate_F"] if block.bias else gate_BLF) * up_BLF
-  y_BLD = project(act_BLF, cast["w_down_FD"])
+  y_BLD = project(act_BLF, cast["w_down_FD"], quantize=cfg.quantize)
   if block.bias:
     y_BLD = y_BLD + cast["b_down_D"]
   return y_BLD, {"up_BLF": up_BLF, "act_BLF": act_BLF}

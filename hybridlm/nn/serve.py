@@ -1,6 +1,7 @@
 """Decoding: a prompt at once by the chunked scan, then one token a call from constant-size states.
 
-Pure functions over the canonical tree, or over what `fuse` has made of it.
+Pure functions over the canonical tree, or over what `fuse` has made of it. FP8 is for training:
+here every projection is in the compute dtype.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hybridlm.config import Attention, GatedConv, Mamba, Mlp, ModelConfig, block_name
-from hybridlm.nn import attention, gated_conv, lm, mamba, mlp, norm
+from hybridlm.nn import attention, gated_conv, held, lm, mamba, mlp, norm
 from hybridlm.nn.cache import Cache
 
 JOIN = {
@@ -32,7 +33,7 @@ def fuse(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     return dict(params)
   blocks = []
   for index, block in enumerate(cfg.blocks):
-    leaves = params["blocks"][block_name(index)]
+    leaves = held.full(params["blocks"][block_name(index)], cfg.dtype)
     norms = {name: leaves[name] for name in NORMS if name in leaves}
     blocks.append(norms | JOIN[type(block)](leaves, cfg.dtype))
   embed_VD = params["embed"]["w_embed_VD"].astype(cfg.dtype)
@@ -57,7 +58,7 @@ def prefill(
     length_B: real tokens of each row, from 1 to L.
     size: tokens a row can have in all, prompt included; bounds what attention remembers.
   """
-  weights = fuse(cfg, params)
+  cfg, weights = cfg.replace(quantize="none"), fuse(cfg, params)
   x_BLD = weights["embed_VD"][token_BL]
   states = []
   for block, leaves in zip(cfg.blocks, weights["weights"], strict=True):
@@ -80,7 +81,7 @@ def step(
   `params` are those of `prefill`. A row that goes on beyond the cache's size forgets its oldest
   positions, in attention without a window too: the caller keeps within `size`.
   """
-  weights = fuse(cfg, params)
+  cfg, weights = cfg.replace(quantize="none"), fuse(cfg, params)
   x_BLD = weights["embed_VD"][token_B][:, None]
   states = []
   for block, leaves, state in zip(cfg.blocks, weights["weights"], cache.blocks, strict=True):
