@@ -1,16 +1,18 @@
 """Checkpoints that are whole or not there: state by Orbax, position and config as JSON, checksums.
 
-    checkpoints/00000300/state/         Orbax
+    checkpoints/00000300/state/         Orbax; every process writes its own shards
                          position.json  where the data iterator stood after step 300
+                         notes.json     what else the loop goes on from
                          config.json    what the run was asked for
                          manifest.json  SHA-256 and size of every file above, shapes of the leaves
 
-The manifest is written last and in one rename, so a folder without it is an interrupted save:
-`restore` passes it by and the next `save` removes it. Orbax restores a flipped bit without a word;
-here every byte is checked before Orbax sees it.
+Training goes on while a checkpoint is written: `Saver.start` returns once the state is in host
+memory. The manifest is written when all else is on the disk, so whatever interrupts a save leaves a
+folder without one: `restore` passes it by and the next save removes it. The data's position names
+the seed of its order, and nothing else in a run is random.
 """
 
-import hashlib
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -25,86 +27,152 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from hybridlm.config import ModelConfig, check
+from hybridlm.train import sealed, together
 from hybridlm.train import state as states
 
 MODEL = "model_config.json"
-_MANIFEST = "manifest.json"
+# Seconds after which processes give up waiting for one that writes no more.
+PATIENCE = 600
 
 
 class Restored(NamedTuple):
-  """What `restore` found: a state on fresh device arrays and the position of the data iterator."""
+  """What `restore` found: a state on fresh device arrays, the position of the data iterator, and
+  what else the loop noted."""
 
   state: states.TrainState
   position: Any
+  notes: dict[str, Any] = {}
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Replaces a file as a whole: whoever reads it, a crash between included, sees old or new."""
-  partial = path.with_name(path.name + ".partial")
-  with open(partial, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
-  _sync(path.parent)
-
-
-def _text(value: Any) -> str:
-  return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  write_text(path, _text(value))
-
-
-def _read_json(path: pathlib.Path) -> Any:
-  return json.loads(path.read_text("utf-8"))
-
-
-def _sync(path: pathlib.Path) -> None:
-  """Waits until a file's content, or a folder's list of names, is on the disk."""
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
-
-
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(p for p in path.rglob("*") if p.is_file() and p != path / _MANIFEST)
-
-
-def _digest(path: pathlib.Path) -> dict[str, Any]:
-  with open(path, "rb") as file:
-    return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
-
-
-def _digest_json(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _numbered(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the folders of checkpoints, whole or not, oldest first."""
-  if not folder.is_dir():
-    return []
-  return sorted(p for p in folder.iterdir() if p.is_dir() and len(p.name) == 8 and p.name.isdigit())
-
-
-def complete(folder: str | os.PathLike) -> list[pathlib.Path]:
-  """Returns the checkpoints whose save came to its end, oldest first; nothing is verified."""
-  return [p for p in _numbered(pathlib.Path(folder)) if (p / _MANIFEST).is_file()]
-
-
-def _remove(path: pathlib.Path) -> None:
-  """Removes a checkpoint, manifest first, so that one half removed is not taken for a whole."""
-  (path / _MANIFEST).unlink(missing_ok=True)
-  shutil.rmtree(path)
+class NotSaved(ValueError, OSError):
+  """A checkpoint could not be written; those before it are whole."""
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
   return {
     name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in states.named_leaves(tree)
   }
+
+
+class Saver:
+  """Writes the checkpoints of one run, one at a time, while training goes on.
+
+  As a context it waits, at its end, for the save under way.
+  """
+
+  def __init__(self, folder: str | os.PathLike, *, config: Mapping[str, Any], keep: int):
+    if keep < 1:
+      raise ValueError(f"checkpoint: keep={keep} must be at least 1")
+    self._folder = pathlib.Path(folder).absolute()
+    self._config, self._keep = config, keep
+    self._writer = ocp.AsyncCheckpointer(
+      ocp.PyTreeCheckpointHandler(use_compression=False),
+      async_options=ocp.options.AsyncOptions(timeout_secs=PATIENCE),
+    )
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._pending: tuple[pathlib.Path, concurrent.futures.Future] | None = None
+
+  def __enter__(self) -> "Saver":
+    return self
+
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    try:
+      if error is None:
+        self.wait()
+      elif self._pending is not None:
+        self._join()
+    finally:
+      self._pool.shutdown()
+      self._writer.close()
+
+  def start(
+    self, state: states.TrainState, *, position: Any, notes: Mapping[str, Any]
+  ) -> pathlib.Path:
+    """Returns the path of a checkpoint that is being written; the state may be donated at once.
+
+    Waits for the save before it. Interrupted ones are removed.
+
+    Raises:
+      NotSaved: that one, or the beginning of this one, could not be written.
+      ValueError: position, notes or config that JSON cannot hold.
+    """
+    self.wait()
+    step = int(state.step)
+    path = self._folder / f"{step:08d}"
+    values = {"position": position, "config": self._config, "notes": notes}
+    texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
+    together.first(lambda: self._begin(path, {k: json.loads(v) for k, v in texts.items()}))
+    error = None
+    try:
+      self._writer.save(path / "state", args=ocp.args.PyTreeSave(state))
+      self._pending = path, self._pool.submit(self._end, path, step, _leaves(state))
+    except Exception as caught:  # of many kinds, by what lies beneath: files, buckets, processes
+      error = self._failed(path, caught)
+    together.check(error)
+    return path
+
+  def wait(self) -> None:
+    """Returns when the save under way, if there is one, is whole on every process.
+
+    Raises:
+      NotSaved: it could not be written.
+    """
+    if self._pending is not None:
+      together.check(self._join())
+
+  def _join(self) -> NotSaved | None:
+    """Waits for this process's part of the save under way and returns what went wrong."""
+    (path, future), self._pending = self._pending, None
+    error = future.exception()
+    return None if error is None else self._failed(path, error)
+
+  def _begin(self, path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Makes the folder with all that is not the state."""
+    try:
+      sealed.prepare(path)
+      for name, value in values.items():
+        sealed.write_json(path / f"{name}.json", value)
+    except OSError as error:
+      raise self._failed(path, error) from error
+
+  def _end(self, path: pathlib.Path, step: int, leaves: dict[str, Any]) -> None:
+    """Seals the checkpoint once Orbax has it whole: that waits for every process."""
+    self._writer.wait_until_finished()
+    if together.writes():
+      sealed.seal(path, step, leaves)
+      sealed.retain(path, self._keep)
+
+  def _failed(self, path: pathlib.Path, error: BaseException) -> NotSaved:
+    """Returns the error to raise for another one; what was written of the checkpoint goes."""
+    if together.writes():
+      shutil.rmtree(path, ignore_errors=True)
+    whole = [p.name for p in sealed.complete(self._folder)]
+    text = reason(error)
+    logging.error("checkpoint %s: %s", path, error)
+    made = NotSaved(
+      f"checkpoint {path} could not be written: {text}; {_space(self._folder)}; "
+      + (f"the last whole one is {whole[-1]}" if whole else "there is no whole one before it")
+    )
+    made.__cause__ = error
+    return made
+
+
+def reason(error: BaseException) -> str:
+  """Returns why something could not be written, in a few words."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  text = " ".join(str(error).split()) or type(error).__name__
+  known = [code for code in ("No space left on device", "File too large", "Disk quota exceeded")
+           if code in text]
+  return known[0] if known else text[:300]
+
+
+def _space(folder: pathlib.Path) -> str:
+  try:
+    usage = shutil.disk_usage(folder)
+  except OSError as error:
+    return f"{folder}: {error.strerror}"
+  return f"{usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB are free there"
 
 
 def save(
@@ -114,6 +182,7 @@ def save(
   position: Any,
   config: Mapping[str, Any],
   keep: int,
+  notes: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Returns the path of the checkpoint written for the state's step; when it returns, it is whole.
 
@@ -121,98 +190,19 @@ def save(
   than this one, left by a run whose newest checkpoint was damaged, go.
 
   Args:
-    folder: where the checkpoints of one run lie.
+    folder: where the checkpoints of one run lie; the same for every process.
     state: what to save.
     position: what the data iterator's `get_state` returned; JSON-able.
     config: what `restore` compares; JSON-able.
     keep: checkpoints to hold on to.
+    notes: what else the loop goes on from; JSON-able.
 
   Raises:
-    ValueError: `keep` below 1, or a run of several processes.
+    NotSaved: it could not be written, for want of space perhaps.
+    ValueError: `keep` below 1, or values that JSON cannot hold.
   """
-  if keep < 1:
-    raise ValueError(f"checkpoint: keep={keep} must be at least 1")
-  if jax.process_count() > 1:
-    raise ValueError(f"checkpoint: {jax.process_count()} processes, but only one can save so far")
-  folder = pathlib.Path(folder).absolute()
-  folder.mkdir(parents=True, exist_ok=True)
-  step = int(state.step)
-  path = folder / f"{step:08d}"
-  for old in set(_numbered(folder)) - set(complete(folder)) | ({path} if path.exists() else set()):
-    _remove(old)
-  path.mkdir()
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as writer:
-    writer.save(path / "state", args=ocp.args.PyTreeSave(state))
-  _write_json(path / "position.json", position)
-  _write_json(path / "config.json", config)
-  _seal(path, step, _leaves(state))
-  found = complete(folder)
-  for old in set(found) - set([p for p in found if p.name <= path.name][-keep:]):
-    _remove(old)
-  return path
-
-
-def _seal(path: pathlib.Path, step: int, leaves: dict[str, Any]) -> None:
-  """Makes every file and folder name durable, then writes the manifest."""
-  files = _files(path)
-  for item in (*files, *(p for p in path.rglob("*") if p.is_dir())):
-    _sync(item)
-  digests = {file.relative_to(path).as_posix(): _digest(file) for file in files}
-  body = {"step": step, "leaves": leaves, "files": digests}
-  _write_json(path / _MANIFEST, {"body": body, "sha256": _digest_json(body)})
-  _sync(path.parent)
-
-
-def damage(path: pathlib.Path) -> str | None:
-  """Returns in a few words what is wrong with a complete checkpoint, or None."""
-  try:
-    manifest = _read_json(path / _MANIFEST)
-    body, sealed = manifest["body"], manifest["sha256"]
-  except (ValueError, KeyError, TypeError) as error:
-    return f"{_MANIFEST} cannot be read: {type(error).__name__}"
-  if sealed != _digest_json(body) or (path / _MANIFEST).read_text("utf-8") != _text(manifest):
-    return f"{_MANIFEST} has other bytes"
-  if body["step"] != int(path.name):
-    return f"{_MANIFEST} is of step {body['step']}"
-  expected = body["files"]
-  found = {file.relative_to(path).as_posix(): file for file in _files(path)}
-  for name in sorted(expected.keys() | found.keys()):
-    if name not in found:
-      return f"{name} is missing"
-    if name not in expected:
-      return f"{name} is not in the manifest"
-    was, now = expected[name], _digest(found[name])
-    if now["bytes"] != was["bytes"]:
-      return f"{name} has {now['bytes']} bytes, not {was['bytes']}"
-    if now != was:
-      return f"{name} has other bytes"
-  return None
-
-
-def newest_good(folder: str | os.PathLike) -> pathlib.Path | None:
-  """Returns the newest checkpoint whose every byte is as it was written; None if none was saved.
-
-  Each damaged one on the way is warned about in one line.
-
-  Raises:
-    ValueError: there are checkpoints and all are damaged.
-  """
-  folder = pathlib.Path(folder).absolute()
-  found = complete(folder)[::-1]
-  for path in set(_numbered(folder)) - set(found):
-    logging.warning("checkpoint %s has no manifest: an interrupted save, ignored", path)
-  first = None
-  for path in found:
-    problem = damage(path)
-    if problem is None:
-      return path
-    first = first or f"{path.name}: {problem}"
-    if path != found[-1]:
-      text = "checkpoint %s is damaged (%s): falling back to the one before"
-      logging.warning(text, path, problem)
-  if first:
-    raise ValueError(f"all {len(found)} checkpoints in {folder} are damaged, the newest {first}")
-  return None
+  with Saver(folder, config=config, keep=keep) as saver:
+    return saver.start(state, position=position, notes=notes or {})
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str] | None:
@@ -233,10 +223,10 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str]
 
 def _check_same(path: pathlib.Path, config: Mapping[str, Any], leaves: dict[str, Any]) -> None:
   plain = json.loads(json.dumps(config))
-  if found := _first_difference(_read_json(path / "config.json"), plain):
+  if found := _first_difference(sealed.read_json(path / "config.json"), plain):
     key, old, new = found
     raise ValueError(f"checkpoint {path} was made with {key} = {old}, this run has {new}")
-  saved = _read_json(path / _MANIFEST)["body"]["leaves"]
+  saved = sealed.leaves(path)
   for name in sorted(saved.keys() | leaves.keys()):
     if saved.get(name) != leaves.get(name):
       raise ValueError(f"checkpoint {path}: leaf {name} is {saved.get(name)}, this run has "
@@ -244,30 +234,45 @@ def _check_same(path: pathlib.Path, config: Mapping[str, Any], leaves: dict[str,
 
 
 def restore(
-  folder: str | os.PathLike, like: states.TrainState, *, config: Mapping[str, Any]
+  folder: str | os.PathLike, like: Any, *, config: Mapping[str, Any], skip: int = 0
 ) -> Restored | None:
   """Returns the newest good checkpoint, on arrays of its own, or None where none was ever saved.
 
+  It may have been saved on another mesh, or by another number of processes.
+
   Args:
     folder: where the checkpoints of one run lie.
-    like: a state of the same leaves, shapes and dtypes; its shardings say where to restore to.
+    like: a state, or one of `jax.ShapeDtypeStruct`, of the same leaves, shapes and dtypes; its
+      shardings say where to restore to.
     config: must equal the saved one.
+    skip: good checkpoints to pass by first, as `sealed.newest_good` does.
 
   Raises:
     ValueError: all checkpoints are damaged; or the newest good one is of another config (the first
       differing key is named) or of other leaves.
   """
-  path = newest_good(folder)
-  if path is None:
+  name = together.first(lambda: _name(sealed.newest_good(folder, skip=skip)))
+  if name is None:
     return None
+  path = pathlib.Path(folder).absolute() / name
   _check_same(path, config, _leaves(like))
   args = ocp.args.PyTreeRestore(
     like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
   )
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    state = reader.restore(path / "state", args=args)
-  # Orbax may hand out views of host memory; a step donates its state.
-  return Restored(jax.tree.map(jnp.copy, state), _read_json(path / "position.json"))
+    leaves, tree = jax.tree.flatten(reader.restore(path / "state", args=args))
+  # Orbax may hand out views of host memory; a step donates its state. One leaf at a time.
+  for index, leaf in enumerate(leaves):
+    leaves[index] = jnp.copy(leaf)
+  notes = path / "notes.json"
+  return Restored(
+    jax.tree.unflatten(tree, leaves), sealed.read_json(path / "position.json"),
+    sealed.read_json(notes) if notes.is_file() else {},
+  )
+
+
+def _name(path: pathlib.Path | None) -> str | None:
+  return None if path is None else path.name
 
 
 def load_params(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -277,7 +282,7 @@ def load_params(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
     FileNotFoundError: no checkpoint was ever saved there.
     ValueError: all are damaged.
   """
-  path = newest_good(folder)
+  path = sealed.newest_good(folder)
   if path is None:
     raise FileNotFoundError(f"no checkpoint in {folder}")
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -285,14 +290,14 @@ def load_params(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
     host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=host, partial_restore=True)
     tree = reader.restore(path / "state", args=args)
-  return jax.tree.map(jnp.array, tree["params"]), _read_json(path / "config.json")
+  return jax.tree.map(jnp.array, tree["params"]), sealed.read_json(path / "config.json")
 
 
 def name_model(folder: str | os.PathLike, cfg: ModelConfig) -> None:
   """Writes which model a run's checkpoints are of, so that `load_model` needs nothing else."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  _write_json(folder / MODEL, cfg.to_dict())
+  sealed.write_json(folder / MODEL, cfg.to_dict())
 
 
 def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
@@ -307,7 +312,7 @@ def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     raise FileNotFoundError(f"{path}: no such file")
   params, _ = load_params(folder)
   try:
-    cfg = ModelConfig.from_dict(_read_json(path))
+    cfg = ModelConfig.from_dict(sealed.read_json(path))
     check(cfg, params)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error

@@ -1,36 +1,27 @@
-"""The one training loop: steps, metrics, validation, checkpoints, and a guard against NaN."""
+"""The one training loop: steps, metrics, validation, checkpoints, and a guard against bad steps."""
 
+import contextlib
+import errno
 import json
-import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
-from hybridlm.train import checkpoint, metrics, observe
+from hybridlm.train import checkpoint, look, metrics, observe, sealed, stop, together
+from hybridlm.train import guard as guards
 from hybridlm.train import state as states
-from hybridlm.train import step as steps_of
+from hybridlm.train.guard import NotFinite, Spike
+
+__all__ = ["CHECKPOINTS", "METRICS", "NotFinite", "Spike", "run"]
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
-
-
-class NotFinite(ValueError, FloatingPointError):
-  """Training met NaN or infinity; the message names the step, the batch and the leaf."""
-
-
-class _Done(NamedTuple):
-  """One dispatched step: its number, where the data stood before its batch, its results,
-  and the rows and tokens a row of the batch."""
-
-  number: int
-  position: str
-  metrics: dict[str, Any]
-  timing: metrics.Timing
-  shape: tuple[int, int]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(
@@ -49,16 +40,20 @@ def run(
   keep: int = 3,
   progress: str = "bar",
   watch: observe.Watch = observe.NOTHING,
+  guard: guards.Guard = guards.STOP,
 ) -> tuple[states.TrainState, list[metrics.Record]]:
   """Returns the state after `steps` updates and the history: all records, those of before a
   restart included.
 
   With a workdir the run goes on from its newest good checkpoint, and `metrics.jsonl` is cut back
   to that step, so that no step is in it twice. Steps are dispatched without waiting for results;
-  those are looked at every `log_every` steps and before anything is saved.
+  those are looked at every `log_every` steps and before anything is saved. Training goes on while
+  a checkpoint is written. Of several processes each calls this with the same arguments; process 0
+  writes the metrics, and its workdir is that of all.
 
   Args:
-    step: from `make_step`; it donates the state, so the one given must not be used afterwards.
+    step: from `make_step`, made to skip where the guard does; it donates the state, so the one
+      given must not be used afterwards.
     state: where to start if there is no checkpoint.
     data: an iterator of batches with `get_state` and `set_state`.
     steps: updates the run has made in the end, those before a restart included.
@@ -72,21 +67,38 @@ def run(
     keep: checkpoints to hold on to.
     progress: "bar", "auto" (on a terminal only) or "off".
     watch: what else to measure, see `observe.Watch`.
+    guard: what a bad step is, and what is done about it.
 
   Raises:
-    NotFinite: a loss, gradient, parameter or validation result is; nothing of it is saved.
+    NotFinite: a loss, gradient, parameter or validation result is, and the guard does not go on;
+      nothing of it is saved.
+    Spike: the same of a loss far above those before it.
+    NotSaved: a checkpoint could not be written; those before it are whole.
     ValueError: impossible arguments, data that ends early, checkpoints that cannot be used.
+    Stopped: after SIGTERM, once the state is saved; it ends the process with code 143.
   """
   plan = _Plan(
     steps, None if workdir is None else pathlib.Path(workdir), dict(config or {}), validate,
-    log_every, validate_every, save_every, keep, progress, watch,
+    log_every, validate_every, save_every, keep, progress, watch, guard,
   )
   _check(plan)
+  if workdir is not None:
+    plan = plan._replace(workdir=pathlib.Path(together.first(lambda: str(plan.workdir))))
   states.check_apart(state, frozen)
-  state, history = _resume(state, data, plan)
-  if int(state.step) == steps:
-    return state, history
-  return _train(step, state, frozen, data, plan, history)
+  like = jax.tree.map(_shape, state)
+  leg = _resume(state, data, plan)
+  if int(leg.state.step) == steps:
+    return leg.state, leg.history
+  try:
+    with stop.Stop(wanted=workdir is not None) as asked, _saver(plan) as saver:
+      return _legs(_Job(step, frozen, data, plan, saver, asked), leg, like)
+  except OSError as error:
+    if error.errno not in _FULL:
+      raise
+    raise checkpoint.NotSaved(
+      f"{error.filename or plan.workdir} could not be written: {checkpoint.reason(error)}; "
+      "checkpoints before it are whole"
+    ) from error
 
 
 class _Plan(NamedTuple):
@@ -102,6 +114,12 @@ class _Plan(NamedTuple):
   keep: int
   progress: str
   watch: observe.Watch
+  guard: guards.Guard
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """Where checkpoints go."""
+    return self.workdir / CHECKPOINTS
 
   def checks(self, number: int) -> bool:
     """Returns whether step `number` ends with a validation."""
@@ -130,13 +148,46 @@ def _check(plan: _Plan) -> None:
     raise ValueError(f"loop: save_every={plan.save_every} needs a workdir to save in")
   metrics.check_progress(plan.progress)
   observe.check_profile(plan.watch.profile)
+  guards.check(plan.guard)
+  if plan.guard.action == "rollback" and plan.workdir is None:
+    raise ValueError("loop: guard.action='rollback' needs a workdir with checkpoints to go back to")
   json.dumps(plan.config, allow_nan=False)  # what no checkpoint could hold fails here, not later
 
 
-def _resume(state, data, plan: _Plan):
-  """Returns the state and history to go on from; moves the data to the saved position."""
+class _Leg(NamedTuple):
+  """Where steps go on from, at the start, after a restart, or after going back."""
+
+  state: states.TrainState
+  history: list[metrics.Record]
+  memory: guards.Memory
+  ledger: guards.Ledger
+
+
+class _Job(NamedTuple):
+  """What stays the same from step to step."""
+
+  step: Callable[..., Any]
+  frozen: Any
+  data: Any
+  plan: _Plan
+  saver: checkpoint.Saver | None
+  stop: stop.Stop
+
+
+def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _saver(plan: _Plan):
+  if plan.workdir is None:
+    return contextlib.nullcontext()
+  return checkpoint.Saver(plan.folder, config=plan.config, keep=plan.keep)
+
+
+def _resume(state, data, plan: _Plan) -> _Leg:
+  """Returns where to go on from; moves the data to the saved position."""
   workdir = plan.workdir
-  found = workdir and checkpoint.restore(workdir / CHECKPOINTS, state, config=plan.config)
+  found = workdir and checkpoint.restore(plan.folder, state, config=plan.config)
   state = found.state if found else state
   done = int(state.step)
   if done > plan.steps:
@@ -144,122 +195,143 @@ def _resume(state, data, plan: _Plan):
     raise ValueError(f"{where} is at step {done}, beyond the {plan.steps} asked for")
   if found:
     data.set_state(found.position)
-  return state, metrics.truncate(workdir / METRICS, last=done) if workdir else []
+  history = _cut_back(plan, done) if workdir else []
+  memory = guards.recalled(found.notes) if found else guards.Memory()
+  return _Leg(state, history, memory, guards.read(plan.folder) if workdir else guards.Ledger())
 
 
-def _train(step, state, frozen, data, plan: _Plan, history: list[metrics.Record]):
+def _cut_back(plan: _Plan, done: int) -> list[metrics.Record]:
+  return together.first(lambda: metrics.truncate(plan.workdir / METRICS, last=done))
+
+
+def _legs(job: _Job, leg: _Leg, like) -> tuple[states.TrainState, list[metrics.Record]]:
+  """Returns the state and history at the end, however often the run goes back on the way."""
+  if job.plan.guard.action == "rollback" and not sealed.complete(job.plan.folder):
+    _save(job, leg.state, leg.memory)
+    job.saver.wait()
+  while True:
+    try:
+      return _train(job, leg)
+    except guards.Bad as bad:
+      leg = _back(job, leg.ledger, bad, like)
+
+
+def _back(job: _Job, ledger: guards.Ledger, bad: guards.Bad, like) -> _Leg:
+  """Returns where to go on from after a bad step: a checkpoint, past the step's batch.
+
+  Later checkpoints go first. Whoever dies here and starts again meets the step again.
+
+  Raises:
+    Bad: the guard does not go back, or not so often.
+  """
+  plan, data = job.plan, job.data
+  if plan.guard.action != "rollback" or bad.position is None:
+    raise bad
+  if len(ledger.records) >= plan.guard.limit:
+    raise guards.exhausted(plan.guard, bad)
+  job.saver.wait()
+  found = checkpoint.restore(plan.folder, like, config=plan.config, skip=plan.guard.back - 1)
+  step = int(found.state.step)
+  data.set_state(json.loads(bad.position))
+  _fetch(data, bad.step)
+  ledger = guards.gone_back(ledger, bad, step=step, position=data.get_state())
+  together.first(lambda: _go_back(plan, step, ledger))
+  logging.warning("%s; going back to step %d, past that batch", bad, step)
+  data.set_state(found.position)
+  return _Leg(found.state, _cut_back(plan, step), guards.recalled(found.notes), ledger)
+
+
+def _go_back(plan: _Plan, step: int, ledger: guards.Ledger) -> None:
+  sealed.retain(plan.folder / f"{step:08d}", plan.keep)
+  guards.write(plan.folder, ledger)
+
+
+def _train(job: _Job, leg: _Leg) -> tuple[states.TrainState, list[metrics.Record]]:
   """Returns the state and history after the steps that are left."""
-  done, waiting = int(state.step), []
+  plan, state, memory, waiting = job.plan, leg.state, leg.memory, []
+  done, here = int(state.step), together.writes()
   with (
-    metrics.sinks(plan.workdir, done=done, steps=plan.steps, progress=plan.progress) as sinks,
+    metrics.sinks(
+      plan.workdir if here else None, done=done, steps=plan.steps,
+      progress=plan.progress if here else "off",
+    ) as sinks,
     metrics.Stopwatch() as stopwatch,
     observe.Trace(plan.watch.profile, plan.workdir) as trace,
   ):
+    untold = [record for record in leg.ledger.records if record not in leg.history]
+    history = leg.history + metrics.write(sinks, untold)
     clock = time.perf_counter()
     for number in range(done + 1, plan.steps + 1):
+      if number - 1 in leg.ledger.jumps:
+        job.data.set_state(leg.ledger.jumps[number - 1])
+      memory, more = _bound(plan.guard, memory, waiting, number)
       with trace.step(number):
-        state, result = _advance(step, state, frozen, data, number, stopwatch)
+        state, result = _advance(job, state, number, stopwatch, *more)
       trace.done(number, result.metrics)
       waiting.append(result)
-      if not plan.looks(number):
+      stopping = job.stop.asked(number)
+      if not plan.looks(number) and not stopping:
         continue
       fresh = waiting[0].number == done + 1
-      records = [_summary(state.params, waiting, clock, plan.watch, fresh=fresh)]
-      if plan.checks(number):
-        with observe.taken("validate_seconds") as times:
-          valid = _validation(plan.validate, state.params, number)
-        records.append(valid | times)
-      history = history + metrics.write(sinks, records)
-      if plan.saves(number) or number == plan.steps:
-        _check_state(state, waiting[-1])
-      if plan.saves(number):
-        folder, position = plan.workdir / CHECKPOINTS, data.get_state()
-        with observe.taken("checkpoint_seconds") as times:
-          checkpoint.save(folder, state, position=position, config=plan.config, keep=plan.keep)
-        saved = {"step": number, "split": "save", **times}
+      memory, told = _told(plan, state, memory, waiting, clock, fresh=fresh)
+      history = history + metrics.write(sinks, told)
+      if plan.saves(number) or number == plan.steps or stopping:
+        look.check_state(state, waiting[-1])
+      if plan.saves(number) or stopping:
+        saved = _save(job, state, memory, wait=stopping or number == plan.steps)
         history = history + metrics.write(sinks, [saved])
+      if stopping:
+        raise stop.Stopped(f"SIGTERM: step {number} is saved in {plan.folder}")
       waiting, clock = [], time.perf_counter()
   return state, history
 
 
-def _advance(step, state, frozen, data, number, stopwatch) -> tuple[states.TrainState, _Done]:
-  """Fetches a batch and dispatches a step; nothing waits for its result."""
+def _bound(guard: guards.Guard, memory: guards.Memory, waiting: list[look.Done], number: int):
+  """Returns what is remembered, and what a step is told beside its batch: the bound of its loss."""
+  if guard.action != "skip":
+    return memory, ()
+  if guard.spike:
+    memory = look.listen(memory, waiting, upto=number - guards.LAG)
+  return memory, (np.float32(guards.bound(guard, memory, number)),)
+
+
+def _told(plan: _Plan, state, memory: guards.Memory, waiting: list[look.Done], clock, *, fresh):
+  """Returns what is remembered after the steps waited for, and the records of them."""
+  good, memory, told = look.judged(state.params, waiting, plan.guard, memory)
+  told += look.summary(good, waiting, clock, plan.watch, fresh=fresh)
+  number = waiting[-1].number
+  if plan.checks(number):
+    with observe.taken("validate_seconds") as times:
+      valid = look.validation(plan.validate, state.params, number)
+    told.append(valid | times)
+  return memory, told
+
+
+def _save(job: _Job, state, memory: guards.Memory, *, wait: bool = False) -> metrics.Record:
+  """Starts a checkpoint; returns the record of how long that held training up."""
+  notes = guards.notes(memory)
+  with observe.taken("checkpoint_seconds") as times:
+    job.saver.start(state, position=job.data.get_state(), notes=notes)
+    if wait:
+      job.saver.wait()
+  return {"step": int(state.step), "split": "save", **times}
+
+
+def _fetch(data, number: int):
+  """Returns the next batch and where the data stood before it."""
   position = json.dumps(data.get_state())
-  start = time.perf_counter()
   try:
-    batch = next(data)
+    return next(data), position
   except StopIteration:
     raise ValueError(f"the data ended before step {number}, at position {position}") from None
+
+
+def _advance(job: _Job, state, number, stopwatch, *more) -> tuple[states.TrainState, look.Done]:
+  """Fetches a batch and dispatches a step; nothing waits for its result."""
+  start = time.perf_counter()
+  batch, position = _fetch(job.data, number)
   called = time.perf_counter()
-  state, results = step(state, frozen, batch)
+  state, results = job.step(state, job.frozen, batch, *more)
   returned = time.perf_counter()
   timing = metrics.Timing(called - start, called, returned, stopwatch.ready(results))
-  return state, _Done(number, position, results, timing, observe.positions(batch))
-
-
-def _summary(
-  params, waiting: list[_Done], clock: float, watch: observe.Watch, *, fresh: bool
-) -> metrics.Record:
-  """Returns the record of the steps since the last one: means over their weights.
-
-  Raises:
-    NotFinite: of the first step that is.
-  """
-  values = jax.device_get([done.metrics for done in waiting])
-  times = metrics.durations([done.timing for done in waiting], fresh=fresh)
-  seconds = time.perf_counter() - clock - times.get("compile_seconds", 0.0)
-  for done, value in zip(waiting, values, strict=True):
-    if not value["finite"]:
-      raise NotFinite(f"step {done.number}: {_blame(params, value)} is not finite (loss "
-                      f"{value['loss']}, gradient norm {value['grad_norm']}); batch at position "
-                      f"{done.position}")
-  weights = [float(value["weight"]) for value in values]
-  names = [name for name in values[0] if name not in ("finite", "culprit", "weight")]
-  means = {
-    name: math.fsum(w * float(value[name]) for w, value in zip(weights, values, strict=True))
-    / math.fsum(weights)
-    for name in names
-  }
-  return {
-    "step": waiting[-1].number, "split": "train", **means,
-    "learning_rate": float(values[-1]["learning_rate"]),
-    "weight": math.fsum(weights),
-    "tokens_per_second": math.fsum(weights) / seconds,
-    "steps": len(waiting),
-    "step_seconds": seconds / len(waiting),
-    **times,
-    **observe.utilisation(watch, [done.shape for done in waiting], seconds),
-    **observe.memory(),
-  }
-
-
-def _blame(params, value: Mapping[str, Any]) -> str:
-  """Returns what is not finite in one step, a leaf if there is one."""
-  if not value["weight"] > 0:
-    return f"the mean over a batch of weight {value['weight']}"
-  if value["culprit"] >= 0:
-    return steps_of.culprit(params, int(value["culprit"]))
-  return next(f"the metric {name}" for name in sorted(value) if not math.isfinite(value[name]))
-
-
-def _validation(validate, params, number: int) -> metrics.Record:
-  values = {name: float(value) for name, value in validate(params).items()}
-  for name, value in values.items():
-    if not math.isfinite(value):
-      raise NotFinite(f"step {number}: validation {name} is {value}")
-  return {"step": number, "split": "valid", **values}
-
-
-@jax.jit
-def _finite(leaves):
-  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
-
-
-def _check_state(state, last: _Done) -> None:
-  """Raises unless every number of a state that is to be saved or returned is finite."""
-  names, leaves = zip(*states.named_leaves(state), strict=True)
-  good = jax.device_get(_finite(list(leaves)))
-  if not good.all():
-    name = names[int(good.argmin())]
-    raise NotFinite(f"step {last.number}: {name} is not finite after the update; batch at position "
-                    f"{last.position}")
+  return state, look.Done(number, position, results, timing, observe.positions(batch))

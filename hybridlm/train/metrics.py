@@ -13,7 +13,7 @@ import jax
 import tensorboardX
 import tqdm
 
-from hybridlm.train import checkpoint
+from hybridlm.train import sealed
 
 # `step`, `split` ("train" or "valid") and numbers by name.
 Record = dict[str, Any]
@@ -67,7 +67,7 @@ def truncate(path: str | os.PathLike, *, last: int) -> list[Record]:
   records = read(path, last=last)
   text = "".join(json.dumps(record) + "\n" for record in records)
   if path.is_file() and path.read_text("utf-8") != text:
-    checkpoint.write_text(path, text)
+    sealed.write_text(path, text)
   return records
 
 
@@ -83,7 +83,7 @@ class TensorBoard:
   def write(self, record: Record) -> None:
     """Adds one scalar a number."""
     for name, value in record.items():
-      if name not in ("step", "split"):
+      if name not in ("step", "split") and not isinstance(value, str):
         self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
   def close(self) -> None:

@@ -1,5 +1,6 @@
 """One update, and one evaluation, of any loss that returns sums."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +12,8 @@ import optax
 from hybridlm.train import optim, state
 
 LossFn = Callable[[Any, Any, Any], dict[str, Any]]
+# What a step does with a bad update.
+BAD = ("make", "skip")
 
 
 def _micro_batches(batch: Any, accumulate: int) -> Any:
@@ -27,15 +30,23 @@ def _micro_batches(batch: Any, accumulate: int) -> Any:
   return jax.tree.map(split, batch)
 
 
-def _gradients(loss_fn: LossFn, params: Any, frozen: Any, batch: Any, accumulate: int):
-  """Returns the sums of a batch and the float32 gradient of its summed loss."""
+def _gradients(
+  loss_fn: LossFn, params: Any, frozen: Any, batch: Any, accumulate: int, shardings: Any
+):
+  """Returns the sums of a batch and the gradient of its summed loss, in float32 or wider.
+
+  `shardings` is where it goes, micro-batch by micro-batch; None lets the compiler choose.
+  """
   def summed(params, part):
     sums = loss_fn(params, frozen, part)
     return sums["loss"], sums
 
   def one(part):
     grads, sums = jax.grad(summed, has_aux=True)(params, part)
-    return sums, jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
+    if shardings is not None:
+      grads = jax.lax.with_sharding_constraint(grads, shardings)
+    wide = functools.partial(jnp.promote_types, jnp.float32)
+    return sums, jax.tree.map(lambda grad: grad.astype(wide(grad.dtype)), grads)
 
   if accumulate == 1:
     return one(batch)
@@ -71,7 +82,8 @@ def culprit(params: Any, index: int) -> str:
 
 
 def make_step(
-  loss_fn: LossFn, optimizer: optim.Optimizer, *, accumulate: int = 1, shardings: Any = None
+  loss_fn: LossFn, optimizer: optim.Optimizer, *, accumulate: int = 1, shardings: Any = None,
+  bad: str = "make",
 ) -> Callable[[state.TrainState, Any, Any], tuple[state.TrainState, dict[str, Any]]]:
   """Returns `step(state, frozen, batch) -> (state, metrics)`, compiled; it donates the state alone.
 
@@ -83,19 +95,26 @@ def make_step(
     accumulate: micro-batches that the rows of a batch are split into, one after the other.
     shardings: where the new state goes, as the tree `mesh.shardings(mesh, state, rules)` returns;
       None lets the compiler choose.
+    bad: "make" makes every update. "skip" makes the step `step(state, frozen, batch, bound)`, and
+      where its loss is above the bound, or something of it is not finite, only its number changes.
 
   Returns:
     A function whose metrics are the sums divided by "weight" (which stays a sum), "grad_norm"
-    (before clipping), "learning_rate", "finite", and "culprit" (see the function of that name).
+    (before clipping), "learning_rate", "finite", and "culprit" (see the function of that name);
+    under "skip" also "skipped" and "bound".
 
   Raises:
-    ValueError: `accumulate` is not positive, or, when called, does not divide the batch.
+    ValueError: `accumulate` is not positive, or, when called, does not divide the batch; an unknown
+      name.
   """
   if accumulate < 1:
     raise ValueError(f"accumulate={accumulate} must be at least 1")
+  if bad not in BAD:
+    raise ValueError(f"bad={bad!r} is not one of {', '.join(BAD)}")
 
   def step(before, frozen, batch):
-    sums, grads = _gradients(loss_fn, before.params, frozen, batch, accumulate)
+    where = None if shardings is None else shardings.params
+    sums, grads = _gradients(loss_fn, before.params, frozen, batch, accumulate, where)
     grads = jax.tree.map(lambda grad: grad / sums["weight"], grads)
     updates, opt_state = optimizer.update(grads, before.opt_state, before.params)
     after = state.TrainState(
@@ -109,8 +128,15 @@ def make_step(
     }
     return after, metrics
 
+  def skipping(before, frozen, batch, bound):
+    after, metrics = step(before, frozen, batch)
+    good = metrics["finite"] & (metrics["loss"] <= bound)
+    good &= jnp.stack(_finite_leaves(after)).all()
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+    return kept._replace(step=after.step), metrics | {"skipped": ~good, "bound": bound}
+
   placed = {} if shardings is None else {"out_shardings": (shardings, None)}
-  return jax.jit(step, donate_argnums=0, **placed)
+  return jax.jit(skipping if bad == "skip" else step, donate_argnums=0, **placed)
 
 
 def make_eval(loss_fn: LossFn) -> Callable[[Any, Any, Iterable[Any]], dict[str, float]]:

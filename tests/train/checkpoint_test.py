@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cases import tiny
-from hybridlm.train import checkpoint, optim, state
+from hybridlm.train import checkpoint, optim, sealed, state
 
 OPTIMIZER = optim.make(peak=0.1, steps=9)
 CONFIG = {"run": {"peak": 0.1, "sizes": (3, 4)}, "name": "tiny"}
@@ -101,17 +101,17 @@ def files(path):
 
 def test_one_flipped_bit_of_any_file_is_seen(folder):
   path = folder / "00000008"
-  assert checkpoint.damage(path) is None
+  assert sealed.damage(path) is None
   rng = np.random.default_rng(0)
   checked = 0
   for file in files(path):
     good = file.read_bytes()
     for offset in rng.integers(0, max(1, len(good)), 12) if good else ():
       flip(file, int(offset), bit=int(offset) % 8)
-      assert checkpoint.damage(path), f"{file} at {offset}"
+      assert sealed.damage(path), f"{file} at {offset}"
       file.write_bytes(good)
       checked += 1
-  assert checked > 100 and checkpoint.damage(path) is None
+  assert checked > 100 and sealed.damage(path) is None
 
 
 def test_any_truncated_lost_or_added_file_is_seen_by_name(folder):
@@ -120,18 +120,18 @@ def test_any_truncated_lost_or_added_file_is_seen_by_name(folder):
     name, good = file.relative_to(path).as_posix(), file.read_bytes()
     if good:
       file.write_bytes(good[:-1])
-      assert name in checkpoint.damage(path)
+      assert name in sealed.damage(path)
     if name != "manifest.json":
       file.unlink()
-      assert checkpoint.damage(path) == f"{name} is missing"
+      assert sealed.damage(path) == f"{name} is missing"
     file.write_bytes(good)
   (path / "state" / "more").write_bytes(b"")
-  assert checkpoint.damage(path) == "state/more is not in the manifest"
+  assert sealed.damage(path) == "state/more is not in the manifest"
 
 
 def test_a_manifest_of_another_step_is_seen(folder):
   shutil.move(folder / "00000008", folder / "00000009")
-  assert checkpoint.damage(folder / "00000009") == "manifest.json is of step 8"
+  assert sealed.damage(folder / "00000009") == "manifest.json is of step 8"
 
 
 def largest(path):
@@ -173,7 +173,7 @@ def test_a_save_that_was_cut_off_is_ignored_and_removed_by_the_next(folder, capl
 def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(folder):
   flip(largest(folder / "00000008"), 1000)
   save(folder, 8)
-  assert checkpoint.damage(folder / "00000008") is None
+  assert sealed.damage(folder / "00000008") is None
   assert tiny.same(restore(folder).state, some_state(8))
 
 
@@ -223,4 +223,4 @@ def test_parameters_and_config_can_be_read_alone(folder):
 def test_a_config_that_json_cannot_hold_leaves_no_checkpoint(tmp_path):
   with pytest.raises(ValueError):
     save(tmp_path, 1, config={"peak": float("nan")})
-  assert checkpoint.complete(tmp_path) == []
+  assert sealed.complete(tmp_path) == []

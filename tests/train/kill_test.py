@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cases import tiny
-from hybridlm.train import checkpoint, loop, metrics
+from hybridlm.train import loop, metrics, sealed
 
 SCRIPT = pathlib.Path(__file__).with_name("killed_run.py")
 ROOT = SCRIPT.parents[2]
@@ -39,7 +39,7 @@ def folders(workdir):
   """Returns the checkpoint folders and those of them without a manifest."""
   folder = workdir / loop.CHECKPOINTS
   found = {p.name for p in folder.iterdir() if p.name.isdigit()} if folder.is_dir() else set()
-  return found, found - {path.name for path in checkpoint.complete(folder)}
+  return found, found - {path.name for path in sealed.complete(folder)}
 
 
 def wait(process, condition):

@@ -9,7 +9,7 @@ import signal
 import sys
 
 from cases import tiny
-from hybridlm.train import checkpoint, loop, optim, state, step
+from hybridlm.train import loop, optim, sealed, state, step
 
 STEPS, SAVE_EVERY = 120, 3
 OPTIMIZER = optim.make(peak=0.02, steps=STEPS, warmup=5)
@@ -26,7 +26,7 @@ def run(workdir):
 
 def die_at_save(number):
   """Makes the given save of this process kill it when only the manifest is still to be written."""
-  saves, seal = [], checkpoint._seal
+  saves, seal = [], sealed.seal
 
   def dying(*arguments):
     saves.append(arguments)
@@ -34,7 +34,7 @@ def die_at_save(number):
       os.kill(os.getpid(), signal.SIGKILL)
     seal(*arguments)
 
-  checkpoint._seal = dying
+  sealed.seal = dying
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from cases import tiny
-from hybridlm.train import checkpoint, loop, metrics, optim, state, step
+from hybridlm.train import loop, metrics, optim, sealed, state, step
 
 OPTIMIZER = optim.make(peak=0.02, steps=12, warmup=2)
 CONFIG = {"seed": 0}
@@ -53,7 +53,7 @@ def timeless(records):
 
 
 def saved_steps(workdir):
-  return [int(path.name) for path in checkpoint.complete(workdir / loop.CHECKPOINTS)]
+  return [int(path.name) for path in sealed.complete(workdir / loop.CHECKPOINTS)]
 
 
 def by_hand(steps=12):
