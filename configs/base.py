@@ -227,6 +227,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.distil.temperature = 1.0
   c.distil.kl = 1.0
   c.distil.ce = 0.0
+  # What the student is trained in: "float32", "bfloat16" or "fp8" (its projections; the rest, and
+  # so many blocks at either end, in bfloat16); "": as model.dtype says.
+  c.distil.precision = ""
+  c.distil.wide_ends = 4
+  # What the teacher's weights are held in: "bfloat16", "int8", "fp8"; "": as they were saved.
+  c.distil.teacher_precision = ""
   # A folder that `experiments.teacher` wrote: its tokens and probabilities stand for the teacher.
   c.distil.store = ""
   # Several runs, each from where the last one ended: ({"steps": 100, "length": 8192}, {"steps": 50,

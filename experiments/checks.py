@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments import exchange, observing
+from experiments import exchange, observing, precision
 from experiments.mistakes import about
 from hybridlm import axes, config
 from hybridlm import layout as layouts
@@ -30,7 +30,7 @@ LEAST = {
   "calibrate.batch": 1, "calibrate.batches": 1,
   "evaluate.batch": 1, "evaluate.batches": 1, "evaluate.speed_repeats": 1, "evaluate.ngram": 0,
   "findings.batch": 1, "findings.batches": 1, "findings.seeds": 1, "findings.calibration": 1,
-  "repair.batch": 1, "repair.batches": 1,
+  "repair.batch": 1, "repair.batches": 1, "distil.wide_ends": 0,
 } | {
   f"{run}.{key}": least for run in ("teacher", "distil", "correct")
   for key, least in {"steps": 1, "batch": 1, "accumulate": 1, "validate_batches": 1,
@@ -60,6 +60,7 @@ def values(c: ConfigDict, grid: Mesh) -> None:
   _batches(c, meshes.rows(grid))
   _names(c)
   _loss(c.distil)
+  precision.check(c.distil)
   _optional(c)
   observing.check(c)
 

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import settings, teaching, training
+from experiments import precision, settings, teaching, training
 from experiments.ledger import Ledger
 from experiments.settings import Setup
 from hybridlm.config import ModelConfig
@@ -84,7 +84,8 @@ class Course:
     if name not in self._runners:
       run = self._run
       loss_fn = hybridlm.distillation_loss(
-        cfg, self._cfg, temperature=run.temperature, kl=run.kl, ce=run.ce
+        precision.student(cfg, run), precision.teacher_config(self._cfg, run),
+        temperature=run.temperature, kl=run.kl, ce=run.ce,
       )
       optimizer = settings.optimizer(run)
       shape = jax.eval_shape(lambda: state.create(params, optimizer))
@@ -98,8 +99,8 @@ class Course:
   def _train(self, name: str, plan: Callable[[], Plan], steps: int) -> dict[str, float]:
     run, s, folder = self._run, self._s, self._folder / name
     if self._frozen is None:
-      shards = meshes.shardings(s.grid, self._params, meshes.RULES)
-      self._frozen = jax.device_put(self._params, shards)
+      _, frozen = precision.teacher(self._cfg, self._params, run)
+      self._frozen = jax.device_put(frozen, meshes.shardings(s.grid, frozen, meshes.RULES))
     # Cut anew at every rung: the parameters of all finalists at once may be too much to keep.
     cfg, params = hybridlm.cut(self._cfg, self._params, plan())
     params = teaching.float32(params)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import checks, exchange, rounds
+from experiments import checks, exchange, precision, rounds
 from experiments.mistakes import about
 from hybridlm import axes, layout
 from hybridlm.config import PRESETS, ModelConfig, block_name
@@ -32,7 +32,7 @@ SEARCH = "search"
 UNSET = "targets are all unset: name at least one size to prune to"
 # What else a model is made of, and how it computes; only the latter may change a preset.
 STYLE = ("activation", "norm", "tied")
-RUNTIME = ("dtype", "remat", "ssd", "chunk", "attention")
+RUNTIME = ("dtype", "remat", "stack", "ssd", "chunk", "attention")
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
@@ -282,8 +282,10 @@ class Setup:
     return {"inside": self.c.evaluate.inside, "outside": self.c.evaluate.outside}
 
   def train_batches(self, run: ConfigDict, seed: int) -> data.Batches:
-    """Returns the endless batches of a training run."""
-    return data.train_batches(self.corpus, batch=run.batch, length=self.c.data.length, seed=seed)
+    """Returns the endless batches of a training run, this process's share of their rows."""
+    return data.train_batches(
+      self.corpus, batch=run.batch, length=self.c.data.length, seed=seed, **self._share()
+    )
 
   def train_data(self, run: ConfigDict, seed: int) -> str:
     """Returns the fingerprint of `train_batches`."""
@@ -293,7 +295,8 @@ class Setup:
 
   def validation(self, run: ConfigDict) -> list[data.Batch]:
     """Returns the batches a training run is watched on; they do not depend on its batch size."""
-    return self.held_out(self.inside, "valid", self.c.evaluate, run.validate_batches)
+    wanted = self._held_out(self.inside, "valid", self.c.evaluate, run.validate_batches)
+    return data.eval_batches(self.corpus, **wanted, **self._share())
 
   def held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> list[data.Batch]:
     """Returns batches of a split in order, at most `limit`."""
@@ -302,6 +305,10 @@ class Setup:
   def held_out_data(self, source: str, split: str, run: ConfigDict, limit: int) -> str:
     """Returns the fingerprint of `held_out`."""
     return data.eval_fingerprint(self.corpus, **self._held_out(source, split, run, limit))
+
+  def _share(self) -> dict[str, int]:
+    index, count = meshes.row_share(self.grid)
+    return {"process_index": index, "process_count": count}
 
   def _held_out(self, source: str, split: str, run: ConfigDict, limit: int) -> dict[str, Any]:
     return {
@@ -379,4 +386,5 @@ def _left(
     with about("export"):
       exchange.check(left, c.export.format, c.export.family)
   checks.layout(left, grid, "the small model")
+  precision.student(left, c.distil)
   return left, not open_

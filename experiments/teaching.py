@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import artefacts, exchange, settings, training
+from experiments import artefacts, exchange, lessons, precision, settings, storing, training
 from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
+from hybridlm import bind
 
 # Keys of a training run that change how it is watched and saved, not what comes out.
-WATCHING = ("validate_every", "validate_batches", "save_every", "profile")
+WATCHING = ("validate_every", "validate_batches", "save_every", "store", "stages", "profile")
 
 
 def recipe(run: ConfigDict) -> dict[str, Any]:
@@ -86,48 +87,70 @@ def correct(s: Setup) -> Stage | None:
 
 
 def distil(s: Setup) -> Stage:
-  """Returns the stage that trains the cut model towards the teacher."""
-  run = s.c.distil
+  """Returns the stage that trains the cut model towards the teacher, or towards its store.
+
+  What it starts from may also be the model that the run before it left.
+  """
+  run, found = s.c.distil, storing.opened(s)
   loss = {"temperature": run.temperature, "kl": run.kl, "ce": run.ce}
 
   def learn(folder: pathlib.Path, inputs: Inputs) -> None:
-    teacher_cfg, held = artefacts.load_model(inputs["teacher"])
     cfg, params = artefacts.load_model(inputs["cut"])
+    student = precision.student(cfg, run)
     made = training.Recipe(
-      cfg=cfg, params=float32(params),
-      loss_fn=hybridlm.distillation_loss(cfg, teacher_cfg, **loss),
-      frozen=held, teacher=teacher_cfg, train=s.train_batches(run, s.c.seed + 1),
-      valid=s.validation(run), like=inputs["teacher"] / exchange.LIKE,
+      cfg=cfg, params=float32(params), loss_fn=None, frozen=None,
+      train=s.train_batches(run, s.c.seed + 1), valid=s.validation(run),
+      like=inputs["teacher"] / exchange.LIKE,
     )
+    if found is None:
+      teacher_cfg, held = precision.teacher(*artefacts.load_model(inputs["teacher"]), run)
+      made = made._replace(
+        loss_fn=hybridlm.distillation_loss(student, teacher_cfg, **loss), frozen=held,
+        teacher=teacher_cfg,
+      )
+    else:
+      storing.check_teacher(found.key.teacher, inputs["teacher"])
+      made = made._replace(
+        loss_fn=bind.stored_loss(student, **loss), train=made.train.joined(found),
+        valid=[found.join_valid(batch) for batch in made.valid],
+      )
     training.train(folder, made, run, s.grid)
+    lessons.go_on(folder, inputs["cut"])
 
   values = {"training": recipe(run), "data": s.train_data(run, s.c.seed + 1)}
-  return Stage("distil", values, learn, needs=("teacher", "cut"), version=2)
+  return Stage(
+    "distil", values | storing.values(found), learn, needs=("teacher", "cut"), version=2)
 
 
-def scratch(s: Setup) -> Stage | None:
+def scratch(s: Setup, *, goes_on: bool = False) -> Stage | None:
   """Returns the stage that trains the small config on the tokens distillation saw, from nothing.
 
-  None: the baseline is left out.
+  None: the baseline is left out. `goes_on`: from what the stage `before` left.
   """
   run, peak = s.c.distil, s.c.scratch.peak
   if s.c.scratch.run != "same":
     return None
   # Sizes follow from targets; only which blocks stay is known after the cut.
   decided = s.small is None or s.c.plan.path or settings.chosen(settings.targets(s.c))
-  needs = ("cut",) if decided else ()
+  needs = ("before",) if goes_on else ("cut",) if decided else ()
 
   def learn(folder: pathlib.Path, inputs: Inputs) -> None:
-    cfg = artefacts.load_model_config(inputs["cut"]) if needs else s.small
+    if goes_on:
+      cfg, params = artefacts.load_model(inputs["before"])
+    else:
+      cfg = artefacts.load_model_config(inputs["cut"]) if needs else s.small
+      params = hybridlm.init(cfg, seed=s.c.seed + 1)
     made = training.Recipe(
-      cfg=cfg, params=hybridlm.init(cfg, seed=s.c.seed + 1),
-      loss_fn=hybridlm.language_loss(cfg), frozen=None,
+      cfg=cfg, params=params,
+      loss_fn=hybridlm.language_loss(precision.student(cfg, run)), frozen=None,
       train=s.train_batches(run, s.c.seed + 1),
       valid=s.validation(run),
     )
     training.train(folder, made, run, s.grid, peak=peak)
+    if goes_on:
+      lessons.go_on(folder, inputs["before"])
 
-  own = ("temperature", "kl", "ce", "peak")
+  own = ("temperature", "kl", "ce", "peak", "teacher_precision")
   values = {
     "training": {key: value for key, value in recipe(run).items() if key not in own},
     "peak": peak, "seed": s.c.seed + 1, "data": s.train_data(run, s.c.seed + 1),
