@@ -11,13 +11,11 @@ from hybridlm.distill import divergences, places, vocabulary
 from hybridlm.distill.places import Place
 from hybridlm.distill.vocabulary import OUT, Vocabulary
 
-# What the sum of a divergence is called.
-NAMES = {name: "kl" if name == "forward_kl" else name for name in divergences.TABLE}
-
 
 class Settings(NamedTuple):
   """What `loss.sums` was asked for, checked; static.
 
+  name: what the divergence's sum is called.
   vocabulary: tokens.  columns: of both heads, over all devices.  chunk: positions at a time.
   """
 
@@ -25,6 +23,7 @@ class Settings(NamedTuple):
   kl: float
   ce: float
   divergence: str
+  name: str
   skew: float
   top_k: int | None
   vocabulary: int
@@ -86,7 +85,7 @@ def _chunk_sums(settings: Settings, columns: Vocabulary, x_BQD, head_DV, rest):
     )
     value_BQ1, slope, theirs_BQ = _divergence(settings, columns, warm, teacher, stay_V)
     value_BQ = temperature**2 * value_BQ1[..., 0]
-    out[NAMES[settings.divergence]] = _total(weight_BQ, value_BQ)
+    out[settings.name] = _total(weight_BQ, value_BQ)
     out["agree"] = _total(weight_BQ, (theirs_BQ == choice_BQ).astype(weight_BQ.dtype))
     if settings.kl:
       loss_BQ = loss_BQ + settings.kl * value_BQ
@@ -154,7 +153,7 @@ def _padded(x_BL, chunk: int):
 
 def _zeros(settings: Settings, student_BLD, rest) -> dict[str, Any]:
   names = ["loss", "weight", "ce", "correct"]
-  names += [] if rest[0] is None else [NAMES[settings.divergence], "agree"]
+  names += [] if rest[0] is None else [settings.name, "agree"]
   return {name: jnp.zeros((), _wide(student_BLD)) for name in names}
 
 

@@ -22,6 +22,8 @@ from hybridlm.distill.places import Place
 # Tokens a chunk on the CPU, where a chunk's logits should stay in cache (measured, V = 1k to 4k),
 # and elsewhere, where a chunk should fill the chip.
 _CPU_TOKENS, _TOKENS = 256, 1024
+# What the sum of a divergence is called.
+NAMES = {name: "kl" if name == "forward_kl" else name for name in divergences.TABLE}
 
 
 def sums(
@@ -93,15 +95,17 @@ def sums(
   if stay_V is not None and stay_V.shape != head_DV.shape[1:]:
     raise ValueError(f"loss: stay_V has {stay_V.shape[0]} entries, head_DV {head_DV.shape[1]} rows")
   real = _real_rows(head_DV, teacher_head_DV, vocabulary)
-  _check_factors(temperature, kl, ce, whole or stored)
-  _check_divergence(divergence, skew, top_k, real)
+  check(
+    temperature=temperature, kl=kl, ce=ce, divergence=divergence, skew=skew, top_k=top_k,
+    vocabulary=real, taught=whole or stored,
+  )
   if stored:
     _check_stored(top_id_BLT, top_log_BLT, tail_log_BL, target_BL, real, (whole, stay_V, top_k))
   place = places.of(*student_BLD.shape)
   columns = _columns(head_DV, teacher_head_DV, real)
   settings = fused.Settings(
-    float(temperature), float(kl), float(ce), divergence, float(skew), top_k, real, columns,
-    _chunk(chunk, target_BL.shape, place), place,
+    float(temperature), float(kl), float(ce), divergence, NAMES[divergence], float(skew), top_k,
+    real, columns, _chunk(chunk, target_BL.shape, place), place,
   )
   teacher = None
   if whole:
@@ -150,24 +154,36 @@ def _real_rows(head_DV, teacher_head_DV, vocabulary: int | None) -> int:
   return real
 
 
-def _check_factors(temperature: float, kl: float, ce: float, taught: bool) -> None:
-  if not temperature > 0:
+def check(
+  *,
+  temperature: float,
+  kl: float,
+  ce: float,
+  divergence: str,
+  skew: float,
+  top_k: int | None,
+  vocabulary: int,
+  taught: bool,
+) -> None:
+  """Raises unless these arguments of `sums` can go together; `taught`: whether there is a teacher.
+
+  Raises:
+    ValueError: names the argument, its value and the rule.
+  """
+  if not 0 < temperature < math.inf:
     raise ValueError(f"loss: temperature={temperature} must be positive")
-  if not (kl >= 0 and ce >= 0):
+  if not (0 <= kl < math.inf and 0 <= ce < math.inf):
     raise ValueError(f"loss: factors kl={kl} and ce={ce} must not be negative")
   if not ce and not (taught and kl):
     raise ValueError(f"loss: nothing to minimise with kl={kl}, ce={ce} and "
                      f"{'a' if taught else 'no'} teacher")
-
-
-def _check_divergence(divergence: str, skew: float, top_k: int | None, real: int) -> None:
   if divergence not in divergences.TABLE:
     known = ", ".join(divergences.TABLE)
     raise ValueError(f"loss: divergence={divergence!r} is not one of {known}")
   if not 0 < skew < 1:
     raise ValueError(f"loss: skew={skew} must lie between 0 and 1")
-  if top_k is not None and not 1 <= top_k <= real:
-    raise ValueError(f"loss: top_k={top_k} must lie in 1..{real}, the tokens of the vocabulary")
+  if top_k is not None and not 1 <= top_k <= vocabulary:
+    raise ValueError(f"loss: top_k={top_k} must lie in 1..{vocabulary}, the tokens there are")
 
 
 def _check_stored(top_id_BLT, top_log_BLT, tail_log_BL, target_BL, real: int, others) -> None:
