@@ -108,6 +108,7 @@ def summary(
     "learning_rate": float(values[-1]["learning_rate"]),
     "weight": math.fsum(weights),
     "tokens_per_second": math.fsum(weights) / seconds,
+    "steps": len(waiting),
     "step_seconds": seconds / len(waiting),
     **times,
     **observe.utilisation(watch, [done.shape for done in waiting], seconds),
