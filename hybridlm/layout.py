@@ -6,13 +6,14 @@ A mesh has up to four axes. Rows (B) are spread over `data` and `fsdp`, position
 heads of a group share is on every device. Parameters and moments are spread over `fsdp` by D.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, DTypeLike, Shaped
 
 from hybridlm import axes
 
@@ -40,7 +41,7 @@ LAYOUTS: Mapping[str, Layout] = {
   "sharded": Layout({**_TENSOR, "D": "fsdp"}, {**_ROWS, **_TENSOR}),
   # Parameters whole along `fsdp`: nothing to gather, for models that are only read.
   "copied": Layout(dict(_TENSOR), {**_ROWS, **_TENSOR}),
-  # Devices of `tensor` hold rows of their own too, and every parameter is gathered where it is used.
+  # Devices of `tensor` hold rows of their own too, and parameters are gathered where they are used.
   "rows": Layout(
     {"D": ("fsdp", "tensor")}, {"B": ("data", "fsdp", "tensor"), "L": "sequence"}
   ),
@@ -122,3 +123,50 @@ def constrain(
     return x
   where = spec(f"activation {letters}", letters, x.shape, LAYOUTS[layout].activations, along)
   return jax.lax.with_sharding_constraint(x, where)
+
+
+def used(
+  layout: str, leaves: Mapping[str, jax.Array], dtype: DTypeLike | None
+) -> dict[str, jax.Array]:
+  """Returns leaves as a block uses them: in a dtype, whole along mesh axes that divide rows too.
+
+  Their cotangents are divided as the leaves were, so each device adds up its own part alone.
+  Names end in axes. Without a mesh in force nothing moves.
+
+  Raises:
+    ValueError: a size that the mesh does not divide.
+  """
+  leaves = {name: leaf.astype(dtype or leaf.dtype) for name, leaf in leaves.items()}
+  along, table = free(), LAYOUTS[layout]
+  if not along:
+    return leaves
+  kept = {
+    letter: mesh_axes for letter, mesh_axes in table.parameters.items()
+    if not set(names(mesh_axes)) & set(names(table.activations["B"]))
+  }
+
+  def gather(name, leaf):
+    letters = axes.of(name)
+    own, whole = (
+      spec(f"leaf {name}", letters, leaf.shape, rules, along) for rules in (table.parameters, kept)
+    )
+    return leaf if own == whole else _moved(whole, own, leaf)
+
+  return {name: gather(name, leaf) for name, leaf in leaves.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moved(to: PartitionSpec, back: PartitionSpec, leaf):
+  """Returns a leaf laid out as `to` says; its cotangent is laid out as `back` says."""
+  return jax.lax.with_sharding_constraint(leaf, to)
+
+
+def _moved_forward(to, back, leaf):
+  return _moved(to, back, leaf), None
+
+
+def _moved_backward(to, back, _, bar):
+  return (jax.lax.with_sharding_constraint(bar, back),)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)

@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hybridlm import config
+from hybridlm import config, layout
 from hybridlm.config import Attention, Block, GatedConv, Mamba, Mlp, ModelConfig
-from hybridlm.nn import attention, gated_conv, held, mamba, mlp, norm, remat, stack
+from hybridlm.nn import attention, embed, gated_conv, held, mamba, mlp, norm, remat, stack
 from hybridlm.nn.leaves import Folder, Leaves
 
 MIX = {Mamba: mamba.mix, GatedConv: gated_conv.mix, Attention: attention.mix, Mlp: mlp.mix}
 COMMON_TAPS = ("norm_BLD", "in_BLD", "mix_BLD", "out_BLD")
 TAPS: Mapping[type, tuple[str, ...]] = {
   Mamba: (
-    "x_BLGHP", "z_BLGHP", "u_BLGHP", "b_BLGN", "c_BLGN", "dt_BLGH", "y_BLGHP", *COMMON_TAPS,
+    "x_BLGHP", "z_BLGHP", "u_BLGHP", "b_BLGN", "c_BLGN", "dt_BLGH", "y_BLGHP", "state_BGHPN",
+    *COMMON_TAPS,
   ),
   GatedConv: ("x_BLGHP", "z_BLGHP", "u_BLGHP", "y_BLGHP", *COMMON_TAPS),
   Attention: ("q_BLKJE", "k_BLKE", "v_BLKE", "head_BLKJE", *COMMON_TAPS),
@@ -44,8 +45,9 @@ def apply_block(
   norms average over (see `prune.cut.mask`); None averages over all.
   """
   leaves, x_BLD = held.restore(leaves, x_BLD)
-  norm_BLD = norm.residual(cfg, leaves, x_BLD, count)
+  norm_BLD = layout.constrain(cfg.layout, norm.residual(cfg, leaves, x_BLD, count), "BLD")
   y_BLD, seen = MIX[type(block)](cfg, block, leaves, norm_BLD, segment_BL=segment_BL, count=inner)
+  y_BLD = layout.constrain(cfg.layout, y_BLD, "BLD")
   out_BLD = x_BLD + y_BLD
   seen = seen | {"norm_BLD": norm_BLD, "in_BLD": x_BLD, "mix_BLD": y_BLD, "out_BLD": out_BLD}
   return out_BLD, {name: seen[name] for name in taps if name in seen}
@@ -126,9 +128,10 @@ def forward(
     raise ValueError(f"tap {min(set(taps) - known)!r} is not one of {', '.join(sorted(known))}")
   embed_VD, kept = params["embed"]["w_embed_VD"], kept or {}
   head_DV = embed_VD.T if cfg.tied else params["head"]["w_head_DV"]
-  x_BLD = embed_VD[token_BL].astype(cfg.dtype)
+  x_BLD = embed.lookup(cfg, embed_VD, token_BL)
   x_BLD, seen = _run(cfg, params["blocks"], x_BLD, segment_BL, kept, taps)
   hidden_BLD = norm.residual(cfg, params["final"], x_BLD, kept.get("count"))
+  hidden_BLD = layout.constrain(cfg.layout, hidden_BLD, "BLD")
   if output == "hidden":
     return (hidden_BLD, head_DV.astype(hidden_BLD.dtype)), seen
   if output != "logits":
@@ -165,13 +168,11 @@ def logits(
   head_DV: Float[Array, "D V"],
   stay_V: Bool[Array, "V"] | None = None,
 ) -> Float[Array, "B L V"]:
-  """Returns float32 logits; minus infinity for padded rows and tokens that do not stay."""
-  logits_BLV = jnp.einsum(
-    "BLD,DV->BLV",
-    hidden_BLD,
-    head_DV.astype(hidden_BLD.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  """Returns logits in float32 or wider; minus infinity for padded rows and tokens that go."""
+  head_DV = layout.used(cfg.layout, {"w_head_DV": head_DV}, hidden_BLD.dtype)["w_head_DV"]
+  wide = jnp.promote_types(hidden_BLD.dtype, jnp.float32)
+  logits_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=wide)
+  logits_BLV = layout.constrain(cfg.layout, logits_BLV, "BLV")
   if cfg.real_vocabulary < cfg.V:
     real_V = jnp.arange(cfg.V) < cfg.real_vocabulary
     stay_V = real_V if stay_V is None else stay_V & real_V

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridlm.ops import mesh
+
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 LANES = 128
 SPANS = 4
@@ -26,6 +28,7 @@ def attend(
   scale: float | None = None,
   impl: str | None = None,
   block: int | None = None,
+  mesh_axes: mesh.MeshAxes = mesh.MESH_AXES,
 ) -> Float[Array, "B L K J E"]:
   """Returns softmax(scale q k) v over the visible keys, in q's dtype; J queries share a key head.
 
@@ -35,6 +38,8 @@ def attend(
   `impl` names an implementation, which runs or raises: "xla" (any device, softmax in float32,
   `block` queries at a time, by default a quarter of L up to 128; never an L x S array),
   "cudnn" (GPU, L = S, no segments) and "splash" (TPU, L and S multiples of 128). None takes "xla".
+  Under a mesh (`jax.set_mesh`) each device has its own rows (B) and key heads (K, or where they do
+  not divide J, with keys whole), by `mesh_axes`, and its own queries (L): "xla" gathers the keys.
   Raises ValueError for an unknown name, sizes that disagree, and what `impl` cannot express.
   Source: grouped-query attention (arXiv 2305.13245).
   """
@@ -48,12 +53,35 @@ def attend(
   if segment_BS is None:
     segment_BS = segment_BL
   scale = q_BLKJE.shape[-1] ** -0.5 if scale is None else scale
-  arrays = (q_BLKJE, k_BSKE, v_BSKE, segment_BL, segment_BS)
-  if name == "cudnn":
-    return _cudnn(*arrays, window=window, scale=scale)
-  if name == "splash":
-    return _splash(*arrays, window=window, scale=scale)
-  return _xla(*arrays, window=window, scale=scale, block=block)
+  run = {"xla": functools.partial(_xla, block=block), "cudnn": _cudnn, "splash": _splash}[name]
+  axes, L, S = mesh.along("L", mesh_axes), q_BLKJE.shape[1], k_BSKE.shape[1]
+  if axes:
+    if name != "xla" or L != S:
+      raise ValueError(f"attention {name!r} of {L} queries and {S} keys cannot be divided over "
+                       f"mesh axis {axes[0]}: 'xla' of as many keys as queries can")
+    run = functools.partial(_gathered, axis=axes[0], block=block)
+  keys = "BLK" if axes else "BSK"
+  arrays = {"q_BLKJE": q_BLKJE, f"k_{keys}E": k_BSKE, f"v_{keys}E": v_BSKE,
+            "segment_BL": segment_BL, "other_BL" if axes else "other_BS": segment_BS}
+
+  def local(**given):
+    return (run(*(given.get(name) for name in arrays), window=window, scale=scale),)
+
+  return mesh.over(local, arrays, ("o_BLKJE",), mesh_axes, "attention")[0]
+
+
+def _gathered(q_BLKJE, k_BLKE, v_BLKE, segment_BL, other_BL, *, axis, **options):
+  """Returns the attention of this device's queries over the keys of all along a mesh axis.
+
+  The last device's queries see nearly all keys, so leaving out what others do not see would not
+  make a step shorter.
+  """
+  def gather(v_BL):
+    return v_BL if v_BL is None else jax.lax.all_gather(v_BL, axis, axis=1, tiled=True)
+
+  keys = (gather(v) for v in (k_BLKE, v_BLKE))
+  first = jax.lax.axis_index(axis) * q_BLKJE.shape[1]
+  return _xla(q_BLKJE, *keys, segment_BL, gather(other_BL), first=first, **options)
 
 
 def _check_shapes(q_BLKJE, k_BSKE, v_BSKE, segment_BL, segment_BS):
@@ -83,11 +111,12 @@ def _check_shapes(q_BLKJE, k_BSKE, v_BSKE, segment_BL, segment_BS):
 
 
 class Form(NamedTuple):
-  """What is fixed when the program is built."""
+  """What is fixed when the program is built; `last`: the queries are the last of the positions."""
 
   window: int | None
   scale: float
   block: int
+  last: bool
 
 
 class Span(NamedTuple):
@@ -98,8 +127,11 @@ class Span(NamedTuple):
   size: int
 
 
-def _xla(q_BLKJE, k_BSKE, v_BSKE, segment_BL, segment_BS, *, window, scale, block):
-  """Returns the attention of every device, one block of queries after another."""
+def _xla(q_BLKJE, k_BSKE, v_BSKE, segment_BL, segment_BS, *, window, scale, block, first=None):
+  """Returns the attention of every device, one block of queries after another.
+
+  `first` is the position of the first query, a number of the running program; None: S - L.
+  """
   B, L = q_BLKJE.shape[:2]
   S = k_BSKE.shape[1]
   block = min(L, LANES, -(-L // SPANS)) if block is None else min(L, block)
@@ -109,27 +141,26 @@ def _xla(q_BLKJE, k_BSKE, v_BSKE, segment_BL, segment_BS, *, window, scale, bloc
   def padded(v_BL):
     return jnp.pad(v_BL, [(0, 0), (0, -L % block)] + [(0, 0)] * (v_BL.ndim - 2))
 
-  form = Form(None if window is None or window >= S else window, scale, block)
+  form = Form(None if window is None or window >= S else window, scale, block, first is None)
+  first = jnp.asarray(S - L if first is None else first, jnp.int32)
   arrays = (jnp.moveaxis(padded(v), 1, 2) for v in (k_BSKE, v_BSKE))
   q_BKLJE = jnp.moveaxis(padded(q_BLKJE), 1, 2)
-  o_BKLJE = _blockwise(form, q_BKLJE, *arrays, padded(segment_BL), padded(segment_BS))
+  o_BKLJE = _blockwise(form, first, q_BKLJE, *arrays, padded(segment_BL), padded(segment_BS))
   return jnp.moveaxis(o_BKLJE, 1, 2)[:, :L]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(form, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS):
+def _blockwise(form, offset, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS):
   """Returns the attention of whole blocks of queries.
 
   The way back makes every block's weights again from the logarithm of their sum, as in
   FlashAttention (arXiv 2205.14135, section 3.1): less than half the time of `jax.checkpoint`.
   """
-  return _blockwise_forward(form, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS)[0]
+  return _blockwise_forward(form, offset, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS)[0]
 
 
-def _blockwise_forward(form, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS):
+def _blockwise_forward(form, offset, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS):
   """Returns o and what the way back needs: no array of L x S."""
-  offset = k_BKSE.shape[2] - q_BKLJE.shape[2]
-
   def step(span, _, rows):
     first, q_BKLJE, segment_BL = rows
     start = _first_key(form, span, first)
@@ -141,13 +172,12 @@ def _blockwise_forward(form, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS):
   for span in _spans(form, q_BKLJE.shape[2], k_BKSE.shape[2]):
     parts.append(_over_blocks(form, span, step, offset, None, (q_BKLJE, segment_BL))[1])
   o_BKLJE, log_BKLJ = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
-  return o_BKLJE, (q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS, o_BKLJE, log_BKLJ)
+  return o_BKLJE, (offset, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS, o_BKLJE, log_BKLJ)
 
 
 def _blockwise_backward(form, kept, o_bar_BKLJE):
-  """Returns the cotangents of q, k and v; none for the segments."""
-  q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS, o_BKLJE, log_BKLJ = kept
-  offset = k_BKSE.shape[2] - q_BKLJE.shape[2]
+  """Returns the cotangents of q, k and v; none for the offset and the segments."""
+  offset, q_BKLJE, k_BKSE, v_BKSE, segment_BL, segment_BS, o_BKLJE, log_BKLJ = kept
   mean_BKLJ = jnp.sum(o_BKLJE.astype(log_BKLJ.dtype) * o_bar_BKLJE, axis=-1)
 
   def step(span, sums, rows):
@@ -164,7 +194,7 @@ def _blockwise_backward(form, kept, o_bar_BKLJE):
     sums, part = _over_blocks(form, span, step, offset, sums, rows)
     parts.append(part)
   q_bar_BKLJE = jnp.concatenate(parts, axis=2).astype(q_BKLJE.dtype)
-  return q_bar_BKLJE, *(v.astype(k_BKSE.dtype) for v in sums), None, None
+  return None, q_bar_BKLJE, *(v.astype(k_BKSE.dtype) for v in sums), None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -210,10 +240,12 @@ def _seen(form, ahead, segment_BL, segment_BS):
 def _spans(form, L, S):
   """Returns up to SPANS spans, so that early queries are not multiplied with late keys."""
   blocks = L // form.block
-  pieces = min(SPANS, blocks) if form.window is None else 1
+  pieces = min(SPANS, blocks) if form.window is None and form.last else 1
   edges = [blocks * i // pieces * form.block for i in range(pieces + 1)]
   most = S if form.window is None else form.block + form.window - 1
-  return [Span(a, b, min(S - L + b, most)) for a, b in itertools.pairwise(edges)]
+  return [
+    Span(a, b, min(S - L + b if form.last else S, most)) for a, b in itertools.pairwise(edges)
+  ]
 
 
 def _first_key(form, span, first):
@@ -309,7 +341,7 @@ def rotate(
   """Returns x with its first `rotary` channels turned by position, the others as they are.
 
   Channels i and i + rotary/2 are a pair, turned by position times base**(-2i/rotary), or times
-  `frequency[i]` when that vector of rotary/2 is given. Angles are float32.
+  `frequency[i]` when that vector of rotary/2 is given. Angles are float32 (float64 of float64).
   Raises ValueError when `rotary` is odd, negative or more than E.
   Source: RoFormer (arXiv 2104.09864), equation 34, in the half layout of Llama.
   """
@@ -317,11 +349,12 @@ def rotate(
   if rotary % 2 or not 0 <= rotary <= E:
     raise ValueError(f"rotary {rotary} is not an even number of the {E} channels of a head")
   half = rotary // 2
+  dtype = jnp.promote_types(x_BLE.dtype, jnp.float32)
   if frequency is None:
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / max(half, 1))
   if frequency.shape != (half,):
     raise ValueError(f"frequency has shape {frequency.shape}, not ({half},) for rotary {rotary}")
-  angle = position_L.astype(jnp.float32)[..., None] * frequency.astype(jnp.float32)
+  angle = position_L.astype(dtype)[..., None] * frequency.astype(dtype)
   angle = angle.reshape(*angle.shape[:-1], *[1] * (x_BLE.ndim - 3), half)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   left, right, rest = jnp.split(x_BLE, [half, rotary], axis=-1)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridlm.ops import mesh
+
 
 def causal_conv(
   x_BL: Float[Array, "B L *channels"],
@@ -12,25 +14,59 @@ def causal_conv(
   *,
   segment_BL: Int[Array, "B L"] | None = None,
   state: Float[Array, "B _ *channels"] | None = None,
+  channels: str | None = None,
+  mesh_axes: mesh.MeshAxes = mesh.MESH_AXES,
 ) -> Float[Array, "B L *channels"]:
   """Returns y[t] = bias + sum over i of taps[W-1-i] x[t-i], each channel alone, in x's dtype.
 
   Any number of channel axes follows B L (and W). Taps never reach across a change of
   `segment_BL`; position 0 continues `state`, the W - 1 inputs before it (zeros by default).
-  Raises ValueError where sizes disagree and for L = 0.
+  Where `channels` says their letters, every device of a mesh in force works on its own rows,
+  channels and positions, by `mesh_axes`; the last inputs before its own come from its neighbours.
+  Raises ValueError where sizes disagree, for L = 0, and for a state of divided positions.
   Source: the short convolution of Mamba-2 (arXiv 2405.21060), section 7.
   """
   _check_shapes(x_BL, taps_W, bias, segment_BL, state)
-  dtype = jnp.promote_types(x_BL.dtype, jnp.float32)
-  if state is None:
-    state = jnp.zeros((x_BL.shape[0], taps_W.shape[0] - 1, *x_BL.shape[2:]), x_BL.dtype)
+  if channels is None:
+    return _local(x_BL, taps_W, bias, segment_BL, state)[0]
+  axes = mesh.along("L", mesh_axes)
+  if axes and state is not None:
+    raise ValueError(f"causal_conv takes no state where {axes[0]} divides the positions")
+  arrays = {f"x_BL{channels}": x_BL, f"taps_W{channels}": taps_W, f"bias_{channels}": bias,
+            "segment_BL": segment_BL, f"state_BW{channels}": state}
+
+  def run(**given):
+    return _local(*(given.get(name) for name in arrays), axis=axes[0] if axes else None)
+
+  return mesh.over(run, arrays, (f"y_BL{channels}",), mesh_axes, "causal_conv")[0]
+
+
+def _local(x_BL, taps_W, bias, segment_BL, state, axis=None):
+  """Returns y of one device's positions; others along mesh axis `axis` hold the rest."""
+  dtype, reach = jnp.promote_types(x_BL.dtype, jnp.float32), taps_W.shape[0] - 1
   if segment_BL is None:
     segment_BL = jnp.zeros(x_BL.shape[:2], jnp.int32)
-  fresh_BL = jnp.diff(segment_BL, axis=1, prepend=segment_BL[:, :1]) != 0
-  run_BL = jnp.cumsum(fresh_BL, axis=1, dtype=jnp.int32)
+  before_BW = jnp.repeat(segment_BL[:, :1], reach, axis=1)
+  if state is None:
+    state = jnp.zeros((x_BL.shape[0], reach, *x_BL.shape[2:]), x_BL.dtype)
+  if axis is not None:
+    state, before_BW = _halo(axis, x_BL, state), _halo(axis, segment_BL, before_BW)
+  segment_BS = jnp.concatenate([before_BW, segment_BL], axis=1)
+  fresh_BS = jnp.diff(segment_BS, axis=1, prepend=segment_BS[:, :1]) != 0
+  run_BS = jnp.cumsum(fresh_BS, axis=1, dtype=jnp.int32)
   padded = jnp.concatenate([state.astype(dtype), x_BL.astype(dtype)], axis=1)
-  y_BL = _convolve(padded, taps_W.astype(dtype), run_BL)
-  return (y_BL if bias is None else y_BL + bias).astype(x_BL.dtype)
+  y_BL = _convolve(padded, taps_W.astype(dtype), run_BS)
+  return ((y_BL if bias is None else y_BL + bias).astype(x_BL.dtype),)
+
+
+def _halo(axis, x_BL, otherwise_BW):
+  """Returns the inputs just before this device's own; `otherwise_BW` before the first of all."""
+  L, reach = x_BL.shape[1], otherwise_BW.shape[1]
+  places = range(-(-reach // L), 0, -1)
+  # Before the first device stands `otherwise_BW`, which is the same at all of its positions.
+  first = jnp.broadcast_to(otherwise_BW[:, :1], x_BL.shape) if reach else x_BL
+  parts = [mesh.from_before(x_BL, place, axis, first) for place in places]
+  return jnp.concatenate([otherwise_BW, *parts], axis=1)[:, -reach:] if reach else otherwise_BW
 
 
 def causal_conv_step(
@@ -51,28 +87,29 @@ def causal_conv_step(
 
 
 @jax.custom_vjp
-def _convolve(padded, taps_W, run_BL):
-  """Returns y of x behind its W - 1 earlier inputs.
+def _convolve(padded, taps_W, run_BS):
+  """Returns y of x behind its W - 1 earlier inputs; `run_BS` numbers the runs of both.
 
   The backward is written out because XLA on CPU turns the one it derives into scattered sums:
   twenty times slower at one row of 2048 tokens and 1280 channels.
   """
-  L = run_BL.shape[1]
-  same = _same_run(run_BL, taps_W.shape[0], padded.ndim)
+  L = run_BS.shape[1] - taps_W.shape[0] + 1
+  same = _same_run(run_BS, taps_W.shape[0], padded.ndim)
   return sum(
     jnp.where(same[i], taps_W[i] * padded[:, i : i + L], 0) for i in range(taps_W.shape[0])
   )
 
 
-def _convolve_forward(padded, taps_W, run_BL):
-  return _convolve(padded, taps_W, run_BL), (padded, taps_W, run_BL)
+def _convolve_forward(padded, taps_W, run_BS):
+  return _convolve(padded, taps_W, run_BS), (padded, taps_W, run_BS)
 
 
 def _convolve_backward(kept, y_bar_BL):
   """Returns the cotangents of the padded input and of the taps; none for the runs."""
-  padded, taps_W, run_BL = kept
-  L, W = run_BL.shape[1], taps_W.shape[0]
-  same = _same_run(run_BL, W, padded.ndim)
+  padded, taps_W, run_BS = kept
+  W = taps_W.shape[0]
+  L = run_BS.shape[1] - W + 1
+  same = _same_run(run_BS, W, padded.ndim)
   taps_bar = [
     jnp.sum(jnp.where(same[i], padded[:, i : i + L] * y_bar_BL, 0), axis=(0, 1)) for i in range(W)
   ]
@@ -85,11 +122,10 @@ def _convolve_backward(kept, y_bar_BL):
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _same_run(run_BL, W, ndim):
+def _same_run(run_BS, W, ndim):
   """Returns, per tap, where the input it multiplies is of the position's own run."""
-  B, L = run_BL.shape
-  earlier = jnp.concatenate([jnp.repeat(run_BL[:, :1], W - 1, axis=1), run_BL], axis=1)
-  same = [earlier[:, i : i + L] == run_BL for i in range(W)]
+  B, L = run_BS.shape[0], run_BS.shape[1] - W + 1
+  same = [run_BS[:, i : i + L] == run_BS[:, W - 1 :] for i in range(W)]
   return [v_BL.reshape(B, L, *[1] * (ndim - 2)) for v_BL in same]
 
 

@@ -118,7 +118,7 @@ def make(
   weight_decay: float = 0.1,
   clip: float | None = 1.0,
 ) -> Optimizer:
-  """Returns AdamW on a schedule; its state is float32 whatever the parameters are.
+  """Returns AdamW on a schedule; its state is float32, or float64 of such parameters.
 
   Args:
     peak: see `schedule`, as for steps, warmup, floor, decay and name.
@@ -144,8 +144,10 @@ def make(
     optax.add_decayed_weights(weight_decay, mask=decay_mask),
     optax.scale_by_learning_rate(rate),
   )
-  return Optimizer(lambda params: chain.init(_float32(params)), chain.update, rate)
+  return Optimizer(lambda params: chain.init(_wide(params)), chain.update, rate)
 
 
-def _float32(tree: Any) -> Any:
-  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+def _wide(tree: Any) -> Any:
+  return jax.tree.map(
+    lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree
+  )

@@ -2,12 +2,12 @@
 
 import functools
 import importlib
-from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from hybridlm.ops import mesh
 from hybridlm.ops.ssd import chunked, place, reference, sharded, vjp
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
@@ -31,7 +31,7 @@ def ssd(
   state_BGHPN: Float[Array, "B G H P N"] | None = None,
   impl: str | None = None,
   chunk: int | None = None,
-  mesh_axes: Mapping[str, str] = place.MESH_AXES,
+  mesh_axes: mesh.MeshAxes = mesh.MESH_AXES,
 ) -> tuple[Float[Array, "B L G H P"], Float[Array, "B G H P N"]]:
   """Returns y_BLGHP in x's dtype and the float32 state after the last token.
 
@@ -43,10 +43,11 @@ def ssd(
   `impl` names an implementation, which runs or raises: "reference" (the recurrence), "chunked"
   (any platform), "pallas_tpu", "pallas_gpu" (Hopper). None takes "chunked": a kernel that was
   never run on a device is not picked unasked. `chunk` is its length in tokens; None takes its
-  default. Under a mesh (`jax.set_mesh`) with axes named in `mesh_axes` (letter -> axis) a kernel
-  runs on each device's own rows (B) and groups (G), and with an axis for L every implementation
-  but the reference runs on its own positions, see `sharded`. Reverse-mode differentiable only, and
-  inside a `jax.shard_map` of the caller's with `check_vma=False` only, but for the reference.
+  default. Under a mesh (`jax.set_mesh`) with axes named in `mesh_axes` (letter -> axes) every
+  implementation but the reference runs on each device's own rows (B) and groups (G, or where they
+  do not divide H, with B and C whole), and own positions (L), see `sharded`.
+  Reverse-mode differentiable only, and inside a `jax.shard_map` of the caller's with
+  `check_vma=False` only, but for the reference.
   Raises ValueError for an unknown name, sizes that disagree, L = 0, a chunk below 1, dtypes that
   are no floats of 16 bits or more or not of one kind, and what the named kernel cannot run.
   Source: Mamba-2 (arXiv 2405.21060), sections 5 and 6.
@@ -70,18 +71,16 @@ def ssd(
     if chunk is None:
       chunk = CPU_CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
     scan = functools.partial(vjp.ssd, passes=CHUNKED, chunk=chunk)
-    if "L" not in place.free_axes(mesh_axes):
-      return scan(**arrays)  # XLA divides rows and groups by itself
     return _over_mesh(scan, arrays, mesh_axes)
   return _kernel(name, arrays, chunk, mesh_axes)
 
 
 def _over_mesh(scan, arrays, mesh_axes):
   """Returns y and the state of `scan` on every device's own part of the mesh in force."""
-  axis = place.free_axes(mesh_axes).get("L")
-  if axis is not None:
-    scan = functools.partial(sharded.ssd, axis=axis, scan=scan)
-  return place.over_mesh(scan, arrays, ("y_BLGHP", "state_BGHPN"), mesh_axes)
+  axes = mesh.along("L", mesh_axes)
+  if axes:
+    scan = functools.partial(sharded.ssd, axis=axes[0], scan=scan)
+  return mesh.over(scan, arrays, ("y_BLGHP", "state_BGHPN"), mesh_axes, "ssd")
 
 
 def _kernel(name, arrays, chunk, mesh_axes):

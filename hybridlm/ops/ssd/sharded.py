@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridlm.ops.mesh import from_before
+
 
 def ssd(
   x_BLGHP: Float[Array, "B L G H P"],
@@ -53,7 +55,7 @@ def _survives(dt_BLGH, a_GH, segment_BL, axis):
   if segment_BL is None:
     return jnp.exp(log_BLGH)
   # The first device has nobody before it: its state continues at position 0.
-  last_B = _from_before(segment_BL[:, -1], 1, axis, segment_BL[:, 0])
+  last_B = from_before(segment_BL[:, -1], 1, axis, segment_BL[:, 0])
   fresh_BL = jnp.diff(segment_BL, axis=1, prepend=last_B[:, None]) != 0
   run_BL = jnp.cumsum(fresh_BL, axis=1, dtype=jnp.int32)
   return jnp.where((run_BL == 0)[..., None, None], jnp.exp(log_BLGH), 0)
@@ -68,17 +70,10 @@ def _compose(whole_BGH, added_BGHPN, state_BGHPN, axis):
   whole_BGHPN = whole_BGH[..., None, None]
   distance = 1
   while distance < jax.lax.axis_size(axis):
-    earlier_whole = _from_before(whole_BGHPN, distance, axis, jnp.ones_like(whole_BGHPN))
-    earlier_added = _from_before(added_BGHPN, distance, axis, jnp.zeros_like(added_BGHPN))
+    earlier_whole = from_before(whole_BGHPN, distance, axis, jnp.ones_like(whole_BGHPN))
+    earlier_added = from_before(added_BGHPN, distance, axis, jnp.zeros_like(added_BGHPN))
     added_BGHPN = whole_BGHPN * earlier_added + added_BGHPN
     whole_BGHPN = whole_BGHPN * earlier_whole
     distance *= 2
   after_BGHPN = whole_BGHPN * state_BGHPN + added_BGHPN
-  return _from_before(after_BGHPN, 1, axis, state_BGHPN), after_BGHPN
-
-
-def _from_before(v, distance, axis, otherwise):
-  """Returns the `v` of the device `distance` places before; `otherwise` where there is none."""
-  size = jax.lax.axis_size(axis)
-  moved = jax.lax.ppermute(v, axis, [(i, i + distance) for i in range(size - distance)])
-  return jnp.where(jax.lax.axis_index(axis) >= distance, moved, otherwise)
+  return from_before(after_BGHPN, 1, axis, state_BGHPN), after_BGHPN

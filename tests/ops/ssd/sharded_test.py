@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType
 
 from cases import ssd as cases
-from hybridlm.ops.ssd import api, place, vjp
+from hybridlm.ops import mesh as meshes
+from hybridlm.ops.ssd import api, vjp
 
 L = 40
 CASES = {
@@ -94,7 +95,7 @@ def test_rows_and_groups_on_several_devices_give_what_one_gives(name):
   scan = functools.partial(vjp.ssd, passes=api.CHUNKED, chunk=8)
 
   def over_mesh(**arrays):
-    return place.over_mesh(scan, arrays, ("y_BLGHP", "state_BGHPN"), place.MESH_AXES)
+    return meshes.over(scan, arrays, ("y_BLGHP", "state_BGHPN"), meshes.MESH_AXES, "ssd")
 
   with jax.set_mesh(mesh({"data": 3, "tensor": 2})):
     program = jax.jit(lambda given: over_mesh(**given[0], **given[1]))
