@@ -227,6 +227,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.distil.temperature = 1.0
   c.distil.kl = 1.0
   c.distil.ce = 0.0
+  c.distil.top_k = 0  # of the teacher's tokens, and one bucket for the rest; 0: all
   # What the student is trained in: "float32", "bfloat16" or "fp8" (its projections; the rest, and
   # so many blocks at either end, in bfloat16); "": as model.dtype says.
   c.distil.precision = ""

@@ -1,32 +1,39 @@
 """The main job: teacher, scores, plan, cut, distillation, baselines, evaluation, as stages."""
 
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from experiments import (
   calibration,
   census,
   cli,
+  lessons,
   observing,
   outcome,
+  processes,
   pruning,
   report,
   rounds,
   searching,
   settings,
   stages,
+  storing,
   teaching,
 )
 from experiments.settings import Setup
 from experiments.stages import Stage
+from hybridlm.train import mesh as meshes
 
 
 def build(s: Setup) -> list[Stage]:
   """Returns the stages of the main job, in order.
 
   Makers of stages know plain names alone ("teacher", "cut"). Where a corrected teacher, the student
-  of the round before or a repaired cut takes that place, `stages.rewired` hands it to them.
+  of the round before or a repaired cut takes that place, `stages.rewired` hands it to them. What
+  trains does so on the devices of all processes, all else on those of the process that runs it.
   """
+  alone = _alone(s)
   made = [teaching.teacher(s), teaching.correct(s)]
   source = "correct" if s.c.correct.run == "before" else "teacher"  # what is scored and cut
   taught = "teacher" if s.c.correct.run == "none" else "correct"  # what is distilled from
@@ -34,24 +41,29 @@ def build(s: Setup) -> list[Stage]:
   before = {"teacher": "teacher"} | ({} if taught == "teacher" else {"corrected": taught})
   for number, each in enumerate(s.rounds, 1):
     name = rounds.label(number)
-    cutting, left = _shrink(each, source, f"{name}_")
-    made += [*cutting, _distil(each, taught, left, f"{name}_")]
+    cutting, left = _shrink(_alone(each), source, f"{name}_")
+    made += [*cutting, *_distil(each, taught, left, f"{name}_")]
     before |= {f"{name}_{key}": f"{name}_{stage}" for key, stage in _stops(each).items()}
     before[f"{name}_distilled"] = source = f"{name}_distil"
-  cutting, left = _shrink(s, source, "")
+  cutting, left = _shrink(alone, source, "")
   before |= _stops(s)
   made += [
-    *cutting, outcome.ngrams(s), outcome.evaluate(s, "evaluate_cut", before),
-    _distil(s, taught, left, ""), stages.rewired(outcome.export(s), {"teacher": taught}),
+    *cutting, outcome.ngrams(alone), outcome.evaluate(alone, "evaluate_cut", before),
+    *_distil(s, taught, left, ""), stages.rewired(outcome.export(alone), {"teacher": taught}),
   ]
   trained = {"distilled": "distil"}
-  made.append(teaching.scratch(s))
+  made += _scratch(s)
   if s.c.scratch.run == "same":
     trained["scratch"] = "scratch"
-  made.append(stages.rewired(outcome.study(s), {"teacher": studied}))
+  made.append(stages.rewired(outcome.study(alone), {"teacher": studied}))
   made = [stage for stage in made if stage is not None]
-  made.append(outcome.evaluate(s, "evaluate_end", trained, timed=before | trained))
-  return [*made, outcome.write_report(s, made, before | trained)]
+  made.append(outcome.evaluate(alone, "evaluate_end", trained, timed=before | trained))
+  return [*made, outcome.write_report(alone, made, before | trained)]
+
+
+def _alone(s: Setup) -> Setup:
+  """Returns the same on the devices of this process only."""
+  return dataclasses.replace(s, grid=meshes.own(s.grid))
 
 
 def _shrink(s: Setup, source: str, prefix: str) -> tuple[list[Stage | None], str]:
@@ -77,9 +89,18 @@ def _search(s: Setup) -> list[Stage]:
   return searching.stages(s) if s.c.plan.path == settings.SEARCH else []
 
 
-def _distil(s: Setup, teacher: str, small: str, prefix: str) -> Stage:
-  names = {"teacher": teacher, "cut": small, "distil": f"{prefix}distil"}
-  return stages.rewired(teaching.distil(s), names)
+def _distil(s: Setup, teacher: str, small: str, prefix: str) -> list[Stage]:
+  """Returns the stages of a distillation, one a run, their names prefixed."""
+  made = [teaching.distil(each) for each in lessons.setups(s)]
+  return lessons.chained(made, prefix, {"teacher": teacher, "cut": small}, start="cut")
+
+
+def _scratch(s: Setup) -> list[Stage]:
+  """Returns the stages of the baseline, one for each of the distillation's runs."""
+  runs = lessons.setups(s)
+  made = [teaching.scratch(each, goes_on=number > 0) for number, each in enumerate(runs)]
+  made = [stage for stage in made if stage is not None]
+  return lessons.chained(made, "", {}, start="before") if made else []
 
 
 def _stops(s: Setup) -> dict[str, str]:
@@ -112,15 +133,18 @@ def dry_run(s: Setup, made: list[Stage], workdir: pathlib.Path) -> str:
   return "\n".join([*lines, sizes])
 
 
-def execute(job: cli.Job, *names: str) -> dict[str, pathlib.Path]:
+def execute(
+  job: cli.Job, *names: str, build: Callable[[Setup], list[Stage]] = build
+) -> dict[str, pathlib.Path]:
   """Runs the named stages and what they need, or says what that would do; returns the folders.
 
   Args:
     job: what the command line asks for.
     *names: stages; none means all of them.
+    build: makes the stages; the main job's by default.
 
   Raises:
-    ValueError: bad input; the workdir is as it was.
+    ValueError: bad input; the workdir is as it was. Or what several processes cannot do.
     FileNotFoundError: the same, where a file is missing.
   """
   config = observing.traced(job.config, job.profile, names)
@@ -128,11 +152,26 @@ def execute(job: cli.Job, *names: str) -> dict[str, pathlib.Path]:
   made = build(s)
   made = until(made, *names) if names else made
   owner = {"config": s.c.name, "file": cli.origin(job.file)}
-  stages.claim(job.workdir, owner)
+  if job.team.leads:
+    storing.check_teachers(made, job.workdir)
+    stages.claim(job.workdir, owner)
+    _check_team(stages.survey(made, job.workdir), s, job.team)
+    if job.dry_run:
+      print(dry_run(s, made, job.workdir))
   if job.dry_run:
-    print(dry_run(s, made, job.workdir))
     return {}
-  return stages.run(made, job.workdir, owner=owner, say=_say)
+  return stages.run(made, job.workdir, owner=owner, say=_say, team=job.team)
+
+
+def _check_team(
+  statuses: Sequence[stages.Status], s: Setup, team: processes.Team
+) -> None:
+  """Raises where several processes are asked for what only one alone can do."""
+  left = {each.stage.name for each in statuses if each.state != "done"}
+  if team.count > 1 and s.c.search.rungs and searching.NAME in left:
+    raise ValueError(f"search.rungs={tuple(s.c.search.rungs)}: finalists are distilled by one "
+                     f"process, not --processes={team.count}: search first, in one; a job of "
+                     "several goes on from there")
 
 
 def _say(line: str) -> None:

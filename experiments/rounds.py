@@ -34,38 +34,41 @@ def configs(c: ConfigDict) -> list[ConfigDict]:
     raise ValueError(f"schedule={c.schedule!r} is not a tuple of rounds")
   made = []
   for number, given in enumerate(c.schedule, 1):
-    said = _table(given, place(number))
+    said = table(given, place(number))
     with about(place(number)):
-      _known(said, PARTS, "")
+      known(said, PARTS, "")
       if not said.get("targets"):
         raise ValueError("it has no targets: name at least one size to prune to")
       one = ConfigDict(c.to_dict())
       one.schedule, one.export.format = (), "none"
       one.targets = ConfigDict({key: None for key in c.targets})
       for part in PARTS:
-        values = _table(said.get(part, {}), f"{place(number)}: {part}")
-        _known(values, tuple(one[part]), f"{part}.")
+        values = table(said.get(part, {}), f"{place(number)}: {part}")
+        known(values, tuple(one[part]), f"{part}.")
         for key, value in values.items():
-          _set(one[part], key, value, part)
+          put(one[part], key, value, part)
     made.append(one)
   return made
 
 
-def _table(value: Any, where: str) -> dict[str, Any]:
+def table(value: Any, where: str) -> dict[str, Any]:
+  """Returns a table of a config as a plain one, or says where there is none."""
   if not isinstance(value, (Mapping, ConfigDict)):
     raise ValueError(f"{where}: {value!r} is not a table")
   return dict(value.items())
 
 
-def _known(said: Mapping[str, Any], known: tuple[str, ...], prefix: str) -> None:
+def known(said: Mapping[str, Any], names: tuple[str, ...], prefix: str) -> None:
+  """Raises where a table has a key that is none of these names; `prefix` goes before each."""
   for key in said:
-    if key not in known:
-      near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.0)
+    if key not in names:
+      near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.0)
       raise ValueError(
         f"{prefix}{key} is unknown; nearest: {', '.join(prefix + name for name in near)}")
 
 
-def _set(tree: ConfigDict, key: str, value: Any, part: str) -> None:
+def put(tree: ConfigDict, key: str, value: Any, part: str) -> None:
+  """Sets a value of a config that is to be of the same type as before, or names it."""
   try:
     tree[key] = value
   except TypeError as error:

@@ -53,7 +53,7 @@ def teacher(s: Setup) -> Stage:
     "model": s.cfg.to_dict(), "training": recipe(run), "seed": s.c.seed,
     "data": s.train_data(run, s.c.seed),
   }
-  return Stage("teacher", values, pretrain, version=2, home=s.cache)
+  return Stage("teacher", values, pretrain, version=2, home=s.cache, together=True)
 
 
 def correct(s: Setup) -> Stage | None:
@@ -83,7 +83,7 @@ def correct(s: Setup) -> Stage | None:
     "training": {key: value for key, value in recipe(run).items() if key != "run"},
     "data": s.train_data(run, seed),
   }
-  return Stage("correct", values, fit, needs=("teacher",), home=s.cache)
+  return Stage("correct", values, fit, needs=("teacher",), home=s.cache, together=True)
 
 
 def distil(s: Setup) -> Stage:
@@ -119,7 +119,8 @@ def distil(s: Setup) -> Stage:
 
   values = {"training": recipe(run), "data": s.train_data(run, s.c.seed + 1)}
   return Stage(
-    "distil", values | storing.values(found), learn, needs=("teacher", "cut"), version=2)
+    "distil", values | storing.values(found), learn, needs=("teacher", "cut"), version=2,
+    together=True)
 
 
 def scratch(s: Setup, *, goes_on: bool = False) -> Stage | None:
@@ -156,4 +157,4 @@ def scratch(s: Setup, *, goes_on: bool = False) -> Stage | None:
     "peak": peak, "seed": s.c.seed + 1, "data": s.train_data(run, s.c.seed + 1),
     "model": None if needs else s.small.to_dict(),
   }
-  return Stage("scratch", values, learn, needs=needs, version=2)
+  return Stage("scratch", values, learn, needs=needs, version=2, together=True)

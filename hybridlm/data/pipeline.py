@@ -163,6 +163,10 @@ class Batches:
     key = _digest({"batches": self.fingerprint, "rows": rows.fingerprint})
     return Batches(self._dataset.map_with_index(join), key, share=self._share)
 
+  def skip(self, count: int) -> None:
+    """Moves to where `count` batches have been handed out."""
+    self._inner.set_state(self._inner.get_state() | {"next_index": count})
+
   def get_state(self) -> dict:
     """Returns the position, for JSON."""
     return {"fingerprint": self.fingerprint, "grain": self._inner.get_state()}
