@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from experiments import console, memory, observing, stages
+from experiments import console, memory, observing, processes, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -25,6 +25,8 @@ class Job(NamedTuple):
   config: every value, overrides applied.  file: where they come from, as given.  workdir: where
   artefacts go.  cache: what workdirs share (teachers, token ids, compiled programs).  dry_run: say
   what would be done, and do nothing.  profile: steps to trace, see `observing.traced`.
+  place: where this process stands among several; None: it is alone.  team: all of them, once they
+  have found each other.
   """
 
   config: ConfigDict
@@ -33,6 +35,8 @@ class Job(NamedTuple):
   cache: pathlib.Path
   dry_run: bool
   profile: tuple[int, int] | None = None
+  place: processes.Place | None = None
+  team: processes.Team = processes.ALONE
 
 
 def start(main: Callable[[Job], None]) -> None:
@@ -42,13 +46,17 @@ def start(main: Callable[[Job], None]) -> None:
 
 
 def call(main: Callable[[Job], None], argv: Sequence[str]) -> int:
-  """Returns the exit code of a command with a config, as `console.call` does."""
+  """Returns the exit code of a command with a config, as `console.call` does.
+
+  Of several processes each ends where another one fails, and none returns then.
+  """
 
   def run(argv: Sequence[str]) -> None:
     job = parse(argv)
     if job is not None:
       _keep_programs(job.cache / "programs")
-      main(job)
+      with processes.join(job.place) as team:
+        main(job._replace(team=team))
 
   return console.call(run, argv)
 
@@ -75,6 +83,7 @@ def parse(argv: Sequence[str]) -> Job | None:
     "profile", None, "START:STOP: the steps of the distillation after START up to STOP leave a "
     "trace for XProf in the stage's folder `trace`.", flag_values=values,
   )
+  processes.define(values)
   flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
   file = read(values, argv, like=base.get_config())
   if file is None:
@@ -82,7 +91,7 @@ def parse(argv: Sequence[str]) -> Job | None:
   workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
   cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
   profile = None if values.profile is None else observing.steps_of(values.profile)
-  return Job(values.config, file, workdir, cache, values.dry_run, profile=profile)
+  return Job(values.config, file, workdir, cache, values.dry_run, profile, processes.place(values))
 
 
 def read(values: flags.FlagValues, argv: Sequence[str], *, like: ConfigDict) -> str | None:

@@ -5,8 +5,12 @@ holds the SHA-256 of every file and is written last, in a `.partial` folder that
 place of the old artefact in one rename. A killed stage leaves its `.partial` folder, which the next
 run continues if it is made from the same inputs. What a run replaces waits as `.old` until it ends,
 so that a user's mistake, however late a stage finds it, leaves the workdir as it was.
+
+Of several processes the first runs the engine. The others come along where a stage runs on all of
+them, read what it says is there, and write only what that stage has each of them write.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -14,10 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments import artefacts, mistakes
+from experiments import artefacts, mistakes, processes
 from experiments.journal import Journal, aside, remove
 
 FORMAT = "hybridlm-workdir-2"
+SHOWN = 120.0  # seconds until what one process wrote must be seen by all
 Inputs = Mapping[str, pathlib.Path]
 
 
@@ -33,6 +38,7 @@ class Stage:
     needs: names of the stages it reads, all earlier in the list.
     version: of the code: raise it when the same inputs give another artefact.
     home: where artefacts are shared between workdirs, one folder a fingerprint; None: the workdir.
+    together: every process of the job runs it, in the same folder; else the first one alone does.
   """
 
   name: str
@@ -41,6 +47,7 @@ class Stage:
   needs: tuple[str, ...] = ()
   version: int = 1
   home: pathlib.Path | None = None
+  together: bool = False
 
 
 def rewired(stage: Stage | None, names: Mapping[str, str]) -> Stage | None:
@@ -102,6 +109,18 @@ def survey(stages: Sequence[Stage], workdir: pathlib.Path) -> list[Status]:
     ValueError: a stage twice, a stage that needs a later or unknown one, or a damaged record.
   """
   found: dict[str, Status] = {}
+  for blank in _blank(stages, workdir):
+    made = {
+      name: _content(found[name].folder) if found[name].state == "done" else None
+      for name in blank.stage.needs
+    }
+    found[blank.stage.name] = _status(blank.stage, blank.folder, blank.inputs, made)
+  return list(found.values())
+
+
+def _blank(stages: Sequence[Stage], workdir: pathlib.Path) -> list[Status]:
+  """Returns how every stage's artefact comes about and where it goes; nothing is read."""
+  found: dict[str, Status] = {}
   for stage in stages:
     missing = [name for name in stage.needs if name not in found]
     if stage.name in found or missing:
@@ -115,11 +134,7 @@ def survey(stages: Sequence[Stage], workdir: pathlib.Path) -> list[Status]:
     folder = workdir / stage.name
     if stage.home is not None:
       folder = stage.home / f"{stage.name}-{artefacts.digest(inputs)[:12]}"
-    made = {
-      name: _content(found[name].folder) if found[name].state == "done" else None
-      for name in stage.needs
-    }
-    found[stage.name] = _status(stage, folder, inputs, made)
+    found[stage.name] = Status(stage, folder, inputs, {}, "new", "nothing there yet")
   return list(found.values())
 
 
@@ -220,10 +235,11 @@ def run(
   *,
   owner: Mapping[str, str],
   say: Callable[[str], None],
+  team: processes.Team = processes.ALONE,
 ) -> dict[str, pathlib.Path]:
   """Runs what is not done, in order; returns the folder of every artefact.
 
-  A user's mistake that a stage finds is undone: the workdir is as it was. What lies in a stage's
+  Of several processes all call it, and all but the first return nothing. A user's mistake that a stage finds is undone: the workdir is as it was. What lies in a stage's
   `home` stays. A loss that is not finite is no mistake: what was done before stays.
 
   Args:
@@ -231,10 +247,15 @@ def run(
     workdir: where its artefacts go; made where it does not exist.
     owner: the config that owns the workdir, see `claim`.
     say: takes one line a stage.
+    team: the processes of the job.
 
   Raises:
-    ValueError: the workdir is not this config's, is in use, or an artefact is damaged.
+    ValueError: the workdir is not this config's, is in use, or an artefact is damaged; or a process
+      does not see what another wrote.
   """
+  if not team.leads:
+    _follow(_blank(stages, workdir), team)
+    return {}
   claim(workdir, owner)
   statuses = survey(stages, workdir)
   homes = {status.folder.parent for status in statuses}
@@ -249,7 +270,8 @@ def run(
         artefacts.write_json(record, {"format": FORMAT, **owner})
       for status in statuses:
         _recover(status)
-        _run_one(status, {need: folders[need] for need in status.stage.needs}, journal, say)
+        needs = {need: folders[need] for need in status.stage.needs}
+        _run_one(status, needs, journal, say, team)
         folders[status.stage.name] = status.folder
     except mistakes.TYPES as error:
       if mistakes.is_mistake(error) and not isinstance(error, FloatingPointError):
@@ -275,13 +297,15 @@ def _recover(status: Status) -> None:
 
 
 def _run_one(
-  status: Status, inputs: Inputs, journal: Journal, say: Callable[[str], None]
+  status: Status, inputs: Inputs, journal: Journal, say: Callable[[str], None],
+  team: processes.Team,
 ) -> None:
   label, mark = status.stage.name, journal.mark()
   made = {need: _content(folder) for need, folder in inputs.items()}
   status = _status(status.stage, status.folder, status.inputs, made)
   if status.state == "done":
     check(status.folder)
+    team.share()
     say(f"{label}: done already ({status.why})")
     return
   say(f"{label}: {status.state} ({status.why})")
@@ -292,14 +316,56 @@ def _run_one(
     journal.make(partial)
     artefacts.write_json(partial / "inputs.json", status.record)
   with artefacts.locked(partial):
-    if not (partial / "done.json").is_file():
-      status.stage.run(partial, inputs)
+    if (partial / "done.json").is_file():
+      team.share()
+    else:
+      _run_stage(status, inputs, team)
       artefacts.write_json(partial / "done.json", {"files": artefacts.hashes(partial)})
     journal.replace(status.folder)
     journal.move(partial, status.folder)
   if status.stage.home is not None:
     journal.settle(mark)  # other workdirs may use it from now on
   say(f"{label}: {time.monotonic() - start:.1f} s")
+
+
+def _run_stage(status: Status, inputs: Inputs, team: processes.Team) -> None:
+  """Runs a stage, and has the other processes run it too where it is for all."""
+  team.share(status.record if status.stage.together else None)
+  status.stage.run(status.partial, inputs)
+  if status.stage.together:
+    team.meet()
+
+
+def _follow(blanks: Sequence[Status], team: processes.Team) -> None:
+  """Runs, stage by stage, what process 0 says is for all; the rest is waited for."""
+  folders = {blank.stage.name: blank.folder for blank in blanks}
+  for blank in blanks:
+    record = team.share()
+    if record is None:
+      continue
+    inputs = {need: folders[need] for need in blank.stage.needs}
+    _see(blank.partial / "inputs.json", lambda path: _record(path.parent), record)
+    for need, folder in inputs.items():
+      _see(folder / "done.json", lambda path: _content(path.parent), record["made"][need])
+    blank.stage.run(blank.partial, inputs)
+    team.meet()
+
+
+def _see(path: pathlib.Path, read: Callable[[pathlib.Path], Any], wanted: Any) -> None:
+  """Waits until a file that another process wrote is seen here as it was written.
+
+  Raises:
+    ValueError: it is not, however long one looks.
+  """
+  until = time.monotonic() + SHOWN
+  while True:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+      if read(path) == wanted:
+        return
+    if time.monotonic() > until:
+      raise ValueError(f"{path} is not what process 0 wrote there: all processes must see the same "
+                       "workdir and cache, on a file system that they share")
+    time.sleep(0.2)
 
 
 def check(folder: pathlib.Path) -> None:

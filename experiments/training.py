@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from experiments import artefacts, evaluation, observing, settings
 from hybridlm.config import ModelConfig
 from hybridlm.data.pipeline import Batch, Batches
+from hybridlm.nn import stack
 from hybridlm.train import checkpoint, loop, metrics, state, step
 from hybridlm.train import mesh as meshes
 
@@ -70,7 +71,8 @@ def train(
   """Trains until `run.steps` and leaves the model, its metrics and its log in a folder.
 
   A run that was killed goes on from its newest good checkpoint there. The log is written last, and
-  only then are checkpoints removed: where there is a log, the run is over.
+  only then are checkpoints removed: where there is a log, the run is over. Several processes train
+  together, and process 0 writes.
 
   Args:
     folder: of the stage.
@@ -84,34 +86,56 @@ def train(
   """
   if not (folder / LOG).is_file():
     _train(folder, recipe, run, grid, peak)
-  shutil.rmtree(folder / loop.CHECKPOINTS, ignore_errors=True)
+  if jax.process_index() == 0:
+    shutil.rmtree(folder / loop.CHECKPOINTS, ignore_errors=True)
 
 
 def _train(
   folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, peak: float | None
 ) -> None:
   optimizer = settings.optimizer(run, peak=peak)
-  # Nothing donates it, so it may stay in the buffers it has.
-  frozen = recipe.frozen
-  if frozen is not None:
-    frozen = jax.device_put(frozen, meshes.shardings(grid, frozen, meshes.RULES))
-  start = placed(state.create(recipe.params, optimizer), grid)
+  frozen, start = _laid_out(recipe, optimizer, grid)
   valid = [meshes.shard_batch(grid, batch) for batch in recipe.valid]
   evaluate = step.make_eval(recipe.loss_fn)
   advance = step.make_step(
     recipe.loss_fn, optimizer, accumulate=run.accumulate,
     shardings=meshes.shardings(grid, start, meshes.RULES),
   )
-  checkpoint.name_model(folder / loop.CHECKPOINTS, recipe.cfg)
+  writes = jax.process_index() == 0
+  if writes:
+    checkpoint.name_model(folder / loop.CHECKPOINTS, recipe.cfg)
   with jax.set_mesh(grid):  # kernels divide their work over it
     end, history = loop.run(
       advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
       validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
-      save_every=run.save_every, keep=2, progress="auto",
+      save_every=run.save_every, keep=2, progress="auto" if writes else "off",
       watch=observing.watch(recipe.cfg, recipe.teacher, run.profile),
     )
-  artefacts.save_model(folder, recipe.cfg, jax.device_get(end.params), like=recipe.like)
-  artefacts.write_json(folder / LOG, log(history))
+  params = stack.unstacked(recipe.cfg, meshes.fetch(end.params))
+  if writes:
+    artefacts.save_model(folder, recipe.cfg, params, like=recipe.like)
+    artefacts.write_json(folder / LOG, log(history))
+
+
+def _laid_out(recipe: Recipe, optimizer: Any, grid: Mesh) -> tuple[Any, state.TrainState]:
+  """Returns what is frozen, and the state to start from, on the mesh and stacked.
+
+  No device holds more of them than its part at any time.
+  """
+  def spread(make: Callable[[Any], Any], params: Any) -> Any:
+    params = meshes.put(params, meshes.shardings(grid, params, meshes.RULES))
+    where = meshes.shardings(grid, jax.eval_shape(make, params), meshes.RULES)
+    return jax.jit(make, out_shardings=where)(params)
+
+  frozen = recipe.frozen
+  if frozen is not None and recipe.teacher is not None:
+    frozen = spread(lambda params: stack.stacked(recipe.teacher, params), frozen)
+  elif frozen is not None:  # nothing donates it, so it may stay in the buffers it has
+    frozen = meshes.put(frozen, meshes.shardings(grid, frozen, meshes.RULES))
+  start = spread(
+    lambda params: state.create(stack.stacked(recipe.cfg, params), optimizer), recipe.params
+  )
+  return frozen, start
 
 
 def log(history: Sequence[metrics.Record]) -> dict[str, Any]:
