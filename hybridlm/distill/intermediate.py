@@ -16,8 +16,10 @@ def _cosine(own: jax.Array, theirs: jax.Array, axes: tuple[int, ...]) -> jax.Arr
 
 
 def _direction(vector: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  tiny = jnp.finfo(vector.dtype).tiny
-  return vector * jax.lax.rsqrt(jnp.maximum(jnp.square(vector).sum(axes, keepdims=True), tiny))
+  """Returns vectors of length 1; an empty one stays empty, and has no gradient."""
+  square = jnp.square(vector).sum(axes, keepdims=True)
+  some = square > 0
+  return jnp.where(some, vector * jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
 
 
 def _square(vector: jax.Array, axes: tuple[int, ...]) -> jax.Array:
