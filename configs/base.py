@@ -269,4 +269,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.fsdp = 1  # devices along the batch and, of parameters and moments, along D
   c.mesh.tensor = 1  # devices along G, K, F and V; along H and J where they do not divide G and K
   c.mesh.sequence = 1  # devices along positions
+  # Where a model that is trained lies on it, and its teacher ("": the same): "sharded", "copied"
+  # (parameters whole along fsdp) or "rows" (tensor holds rows too), see hybridlm/layout.py.
+  c.mesh.layout = "sharded"
+  c.mesh.teacher_layout = ""
   return c

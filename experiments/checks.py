@@ -57,7 +57,7 @@ def values(c: ConfigDict, grid: Mesh) -> None:
     raise ValueError(f"seed={c.seed} must be below 2**31")
   if c.evaluate.ngram > 40:
     raise ValueError(f"evaluate.ngram={c.evaluate.ngram}: more than 40 symbols never fit 64 bits")
-  _batches(c, meshes.rows(grid))
+  _batches(c, grid)
   _names(c)
   _loss(c.distil)
   precision.check(c.distil)
@@ -71,18 +71,29 @@ def _value(c: ConfigDict, path: str) -> Any:
   return c
 
 
-def _batches(c: ConfigDict, rows: int) -> None:
+def _batches(c: ConfigDict, grid: Mesh) -> None:
+  """Raises unless the devices divide the rows of batches, and the positions of rows."""
+  names = {"layout": c.mesh.layout, "teacher_layout": c.mesh.teacher_layout or c.mesh.layout}
+  for key, name in names.items():
+    if name not in layouts.LAYOUTS:
+      raise ValueError(f"mesh.{key}={name!r} is not one of {', '.join(layouts.LAYOUTS)}")
+  spread = [layouts.names(layouts.LAYOUTS[name].activations["B"]) for name in names.values()]
   for key in ("teacher", "distil", *(("correct",) if c.correct.run != "none" else ())):
     run = c[key]
-    if run.batch % (run.accumulate * rows):
-      raise ValueError(
-        f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
-        f"mesh.data × mesh.fsdp={rows}"
-      )
+    for along in spread:
+      rows = math.prod(grid.shape.get(name, 1) for name in along)
+      if run.batch % (run.accumulate * rows):
+        raise ValueError(
+          f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
+          f"{' × '.join(f'mesh.{name}' for name in along)}={rows}"
+        )
+  rows, parts = meshes.rows(grid), grid.shape.get("sequence", 1)
   for key in ("calibrate", "evaluate", "findings", "repair"):
     if c[key].batch % rows:
       raise ValueError(f"{key}.batch={c[key].batch} is not a multiple of mesh.data × "
                        f"mesh.fsdp={rows}")
+  if c.data.length % parts:
+    raise ValueError(f"data.length={c.data.length} is not a multiple of mesh.sequence={parts}")
 
 
 def _names(c: ConfigDict) -> None:
@@ -157,11 +168,12 @@ def heads(kept: Iterable[Any], cfg: ModelConfig) -> None:
       )
 
 
-def layout(cfg: ModelConfig, grid: Mesh, owner: str) -> None:
-  """Raises unless a model can be laid out on a mesh.
+def layout(cfg: ModelConfig, grid: Mesh, owner: str, names: Iterable[str] = ()) -> None:
+  """Raises unless a model can be laid out on a mesh, as it is and by layouts of other names.
 
   Raises:
-    ValueError: a leaf with a size that the devices along an axis do not divide.
+    ValueError: a leaf with a size that the devices along an axis do not divide, or an attention
+      that cannot be divided over positions.
   """
   tree: dict[str, Any] = {}
   for path, shape in axes.leaves(config.shapes(cfg)):
@@ -172,7 +184,11 @@ def layout(cfg: ModelConfig, grid: Mesh, owner: str) -> None:
     place[name] = jax.ShapeDtypeStruct(shape, np.float32)
   sizes = ", ".join(f"mesh.{name}={size}" for name, size in grid.shape.items())
   with about(f"{sizes}: {owner}"):
-    meshes.shardings(grid, tree, layouts.LAYOUTS[cfg.layout].parameters)
+    for name in dict.fromkeys((cfg.layout, *names)):
+      meshes.shardings(grid, tree, layouts.LAYOUTS[name].parameters)
+    if grid.shape.get("sequence", 1) > 1 and cfg.attention not in (None, "xla"):
+      raise ValueError(f"model.attention={cfg.attention!r} cannot be divided over positions: 'xla' "
+                       "can")
 
 
 def texts(c: ConfigDict, corpus: Corpus) -> None:

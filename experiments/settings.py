@@ -342,7 +342,7 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
   cfg = model(c, ids) if source is None else imported(c, source, ids)
   checks.heads(c.findings.heads, cfg)
   checks.texts(c, text)
-  checks.layout(cfg, grid, "the teacher")
+  checks.layout(cfg, grid, "the teacher", (c.mesh.layout, c.mesh.teacher_layout or c.mesh.layout))
   s = Setup(c, cache, text, source, cfg, None, grid)
   parent, made = cfg, []
   for number, each in enumerate(stops, 1):
@@ -385,6 +385,6 @@ def _left(
   if not open_:
     with about("export"):
       exchange.check(left, c.export.format, c.export.family)
-  checks.layout(left, grid, "the small model")
+  checks.layout(left, grid, "the small model", (c.mesh.layout,))
   precision.student(left, c.distil)
   return left, not open_

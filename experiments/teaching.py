@@ -41,11 +41,11 @@ def teacher(s: Setup) -> Stage:
     return Stage("teacher", values, bring, version=2)
 
   def pretrain(folder: pathlib.Path, inputs: Inputs) -> None:
+    laid = s.cfg.replace(layout=s.c.mesh.layout)
     made = training.Recipe(
       cfg=s.cfg, params=hybridlm.init(s.cfg, seed=s.c.seed),
-      loss_fn=hybridlm.language_loss(s.cfg), frozen=None,
-      train=s.train_batches(run, s.c.seed),
-      valid=s.validation(run),
+      loss_fn=hybridlm.language_loss(laid), frozen=None, computes=laid,
+      train=s.train_batches(run, s.c.seed), valid=s.validation(run),
     )
     training.train(folder, made, run, s.grid)
 
@@ -72,9 +72,10 @@ def correct(s: Setup) -> Stage | None:
     like = inputs["teacher"] / exchange.LIKE
     if like.is_dir():  # it stands in for the teacher, with all that lies beside it
       shutil.copytree(like, folder / exchange.LIKE, dirs_exist_ok=True)
+    laid = cfg.replace(layout=s.c.mesh.layout)
     made = training.Recipe(
-      cfg=cfg, params=float32(params), loss_fn=hybridlm.language_loss(cfg), frozen=None,
-      train=s.train_batches(run, seed), valid=s.validation(run), like=like,
+      cfg=cfg, params=float32(params), loss_fn=hybridlm.language_loss(laid), frozen=None,
+      train=s.train_batches(run, seed), valid=s.validation(run), like=like, computes=laid,
     )
     training.train(folder, made, run, s.grid)
 
@@ -96,14 +97,15 @@ def distil(s: Setup) -> Stage:
 
   def learn(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg, params = artefacts.load_model(inputs["cut"])
-    student = precision.student(cfg, run)
+    student = precision.student(cfg, run).replace(layout=s.c.mesh.layout)
     made = training.Recipe(
       cfg=cfg, params=float32(params), loss_fn=None, frozen=None,
       train=s.train_batches(run, s.c.seed + 1), valid=s.validation(run),
-      like=inputs["teacher"] / exchange.LIKE,
+      like=inputs["teacher"] / exchange.LIKE, computes=student,
     )
     if found is None:
       teacher_cfg, held = precision.teacher(*artefacts.load_model(inputs["teacher"]), run)
+      teacher_cfg = teacher_cfg.replace(layout=s.c.mesh.teacher_layout or s.c.mesh.layout)
       made = made._replace(
         loss_fn=hybridlm.distillation_loss(student, teacher_cfg, **loss), frozen=held,
         teacher=teacher_cfg,
@@ -141,11 +143,10 @@ def scratch(s: Setup, *, goes_on: bool = False) -> Stage | None:
     else:
       cfg = artefacts.load_model_config(inputs["cut"]) if needs else s.small
       params = hybridlm.init(cfg, seed=s.c.seed + 1)
+    student = precision.student(cfg, run).replace(layout=s.c.mesh.layout)
     made = training.Recipe(
-      cfg=cfg, params=params,
-      loss_fn=hybridlm.language_loss(precision.student(cfg, run)), frozen=None,
-      train=s.train_batches(run, s.c.seed + 1),
-      valid=s.validation(run),
+      cfg=cfg, params=params, loss_fn=hybridlm.language_loss(student), frozen=None,
+      train=s.train_batches(run, s.c.seed + 1), valid=s.validation(run), computes=student,
     )
     training.train(folder, made, run, s.grid, peak=peak)
     if goes_on:

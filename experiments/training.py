@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments import artefacts, evaluation, observing, settings
+from hybridlm import layout
 from hybridlm.config import ModelConfig
 from hybridlm.data.pipeline import Batch, Batches
 from hybridlm.nn import stack
@@ -27,6 +28,7 @@ class Recipe(NamedTuple):
   what the loss reads and nothing changes, e.g. the teacher's parameters.  train: batches with a
   position.  valid: batches the loss is watched on.  like: a folder whose tokenizer files lie beside
   the weights, see `artefacts.save_model`.  teacher: what the loss runs forward with `frozen`.
+  computes: the model as the loss runs it, in other precision or layout; None: as `cfg` says.
   """
 
   cfg: ModelConfig
@@ -37,6 +39,12 @@ class Recipe(NamedTuple):
   valid: Sequence[Batch]
   like: pathlib.Path | None = None
   teacher: ModelConfig | None = None
+  computes: ModelConfig | None = None
+
+  @property
+  def running(self) -> ModelConfig:
+    """The config that the loss runs: it says which blocks are alike enough to be stacked."""
+    return self.computes or self.cfg
 
 
 class Spread:
@@ -99,7 +107,7 @@ def _train(
   evaluate = step.make_eval(recipe.loss_fn)
   advance = step.make_step(
     recipe.loss_fn, optimizer, accumulate=run.accumulate,
-    shardings=meshes.shardings(grid, start, meshes.RULES),
+    shardings=meshes.shardings(grid, start, layout.LAYOUTS[recipe.running.layout].parameters),
   )
   writes = jax.process_index() == 0
   if writes:
@@ -109,9 +117,9 @@ def _train(
       advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
       validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
       save_every=run.save_every, keep=2, progress="auto" if writes else "off",
-      watch=observing.watch(recipe.cfg, recipe.teacher, run.profile),
+      watch=observing.watch(recipe.running, recipe.teacher, run.profile),
     )
-  params = stack.unstacked(recipe.cfg, meshes.fetch(end.params))
+  params = stack.unstacked(recipe.running, meshes.fetch(end.params))
   if writes:
     artefacts.save_model(folder, recipe.cfg, params, like=recipe.like)
     artefacts.write_json(folder / LOG, log(history))
@@ -122,18 +130,21 @@ def _laid_out(recipe: Recipe, optimizer: Any, grid: Mesh) -> tuple[Any, state.Tr
 
   No device holds more of them than its part at any time.
   """
-  def spread(make: Callable[[Any], Any], params: Any) -> Any:
-    params = meshes.put(params, meshes.shardings(grid, params, meshes.RULES))
-    where = meshes.shardings(grid, jax.eval_shape(make, params), meshes.RULES)
+  def spread(make: Callable[[Any], Any], params: Any, name: str) -> Any:
+    rules = layout.LAYOUTS[name].parameters
+    params = meshes.put(params, meshes.shardings(grid, params, rules))
+    where = meshes.shardings(grid, jax.eval_shape(make, params), rules)
     return jax.jit(make, out_shardings=where)(params)
 
   frozen = recipe.frozen
   if frozen is not None and recipe.teacher is not None:
-    frozen = spread(lambda params: stack.stacked(recipe.teacher, params), frozen)
+    taught = recipe.teacher
+    frozen = spread(lambda params: stack.stacked(taught, params), frozen, taught.layout)
   elif frozen is not None:  # nothing donates it, so it may stay in the buffers it has
     frozen = meshes.put(frozen, meshes.shardings(grid, frozen, meshes.RULES))
   start = spread(
-    lambda params: state.create(stack.stacked(recipe.cfg, params), optimizer), recipe.params
+    lambda params: state.create(stack.stacked(recipe.running, params), optimizer), recipe.params,
+    recipe.running.layout,
   )
   return frozen, start
 
