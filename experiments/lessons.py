@@ -12,6 +12,7 @@ from experiments.mistakes import about
 from experiments.settings import Setup
 from experiments.stages import Stage
 from experiments.training import LOG
+from hybridlm.train import together
 
 # What a run may say beside the keys of `distil`: these of `data`.
 TEXT = ("length", "phases")
@@ -81,8 +82,11 @@ def chained(
 
 
 def go_on(folder: pathlib.Path, before: pathlib.Path) -> None:
-  """Makes the log of a run go on where that of the run before it ended, if there is one."""
-  if not (before / LOG).is_file():
+  """Makes the log of a run go on where that of the run before it ended, if there is one.
+
+  Process 0 writes it.
+  """
+  if not together.writes() or not (before / LOG).is_file():
     return
   old, new = (artefacts.read_json(place / LOG) for place in (before, folder))
   if "stages" in new["summary"]:

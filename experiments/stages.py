@@ -239,8 +239,9 @@ def run(
 ) -> dict[str, pathlib.Path]:
   """Runs what is not done, in order; returns the folder of every artefact.
 
-  Of several processes all call it, and all but the first return nothing. A user's mistake that a stage finds is undone: the workdir is as it was. What lies in a stage's
-  `home` stays. A loss that is not finite is no mistake: what was done before stays.
+  Of several processes all call it, and all but the first return nothing. A user's mistake that a
+  stage finds is undone: the workdir is as it was. What lies in a stage's `home` stays. A loss that
+  is not finite is no mistake: what was done before stays.
 
   Args:
     stages: the pipeline.

@@ -78,7 +78,7 @@ def write(s: Setup, name: str) -> Stage:
     "rows": s.c.distil.steps * s.c.distil.batch, "dtype": s.c.store.dtype,
     "precision": s.c.distil.teacher_precision,
   }
-  return Stage(name, values, fill, needs=("teacher",))
+  return Stage(name, values, fill, needs=("teacher",), together=True)
 
 
 class _Writer:
