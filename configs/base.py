@@ -227,7 +227,16 @@ def get_config() -> ml_collections.ConfigDict:
   c.distil.temperature = 1.0
   c.distil.kl = 1.0
   c.distil.ce = 0.0
+  # Of the student from the teacher: "forward_kl", "reverse_kl", "jensen_shannon", or "skewed_kl",
+  # against a mixture with this share of the teacher.
+  c.distil.divergence = "forward_kl"
+  c.distil.skew = 0.1
   c.distil.top_k = 0  # of the teacher's tokens, and one bucket for the rest; 0: all
+  # What else is compared, block by block: "out", the stream after a block, "mix", what it adds,
+  # "state", an SSM's last. By "cosine", "mse" or "normalized_mse". Weight unset: as large as kl's.
+  c.distil.intermediate = ()
+  c.distil.intermediate_loss = "cosine"
+  c.distil.intermediate_weight = config_dict.placeholder(float)
   # What the student is trained in: "float32", "bfloat16" or "fp8" (its projections; the rest, and
   # so many blocks at either end, in bfloat16); "": as model.dtype says.
   c.distil.precision = ""

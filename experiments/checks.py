@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +12,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments import exchange, observing, precision
+from experiments import exchange, losses, observing, precision
 from experiments.mistakes import about
 from hybridlm import axes, config
 from hybridlm import layout as layouts
 from hybridlm.config import Mamba, ModelConfig
+from hybridlm.data import tokenizers
 from hybridlm.data.pipeline import Corpus
 from hybridlm.eval import ngram
 from hybridlm.interop.families import FAMILIES
@@ -59,7 +61,7 @@ def values(c: ConfigDict, grid: Mesh) -> None:
     raise ValueError(f"evaluate.ngram={c.evaluate.ngram}: more than 40 symbols never fit 64 bits")
   _batches(c, grid)
   _names(c)
-  _loss(c.distil)
+  losses.check(c.distil)
   precision.check(c.distil)
   _optional(c)
   observing.check(c)
@@ -114,15 +116,6 @@ def _names(c: ConfigDict) -> None:
     raise ValueError(f"calibrate.axes={letters!r}: choose from {''.join(scoring.SCORE_OF)}")
   with about(f"calibrate.estimator={spec!r}"):
     scoring.parse(spec, letters)
-
-
-def _loss(run: ConfigDict) -> None:
-  if not 0 < run.temperature < math.inf:
-    raise ValueError(f"distil.temperature={run.temperature} must be positive")
-  if not (0 <= run.kl < math.inf and 0 <= run.ce < math.inf and run.kl + run.ce > 0):
-    raise ValueError(
-      f"distil.kl={run.kl} and distil.ce={run.ce} must not be negative, nor both zero"
-    )
 
 
 def _optional(c: ConfigDict) -> None:
@@ -208,6 +201,29 @@ def texts(c: ConfigDict, corpus: Corpus) -> None:
     with about(f"evaluate.ngram={c.evaluate.ngram}"):
       # What is counted depends on the symbols alone.
       ngram.fit(["".join(sorted(set().union(*found)))], order=c.evaluate.ngram)
+
+
+def tokenizer(name: str, source: pathlib.Path | None, corpus: Corpus) -> None:
+  """Raises unless a teacher from elsewhere reads the ids that the text is turned into.
+
+  Args:
+    name: of the tokenizer in the config.
+    source: of the teacher; one that brings no tokenizer along, or none that can be read, is not
+      compared.
+    corpus: the text.
+
+  Raises:
+    ValueError: another tokenizer; names both.
+  """
+  if source is None or name == "teacher":
+    return
+  try:
+    own = tokenizers.load(str(source), end=corpus.spec.end)
+  except (ValueError, FileNotFoundError):
+    return
+  if own.fingerprint != corpus.tokenizer.fingerprint:
+    raise ValueError(f"data.tokenizer={name!r} is not that of the teacher in {source}, whose ids "
+                     "stand for other text: take data.tokenizer='teacher'")
 
 
 def sequence(corpus: Corpus, source: str, split: str, length: int) -> None:

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import precision, settings, teaching, training
+from experiments import losses, precision, settings, teaching, training
 from experiments.ledger import Ledger
 from experiments.settings import Setup
 from hybridlm.config import ModelConfig
@@ -83,17 +83,16 @@ class Course:
     """Returns a finalist's runner, the one of the rung before where there was one."""
     if name not in self._runners:
       run = self._run
-      loss_fn = hybridlm.distillation_loss(
-        precision.student(cfg, run), precision.teacher_config(self._cfg, run),
-        temperature=run.temperature, kl=run.kl, ce=run.ce,
-      )
+      pair = (precision.student(cfg, run), precision.teacher_config(self._cfg, run))
+      loss_fn = losses.online(*pair, run)
+      judge = hybridlm.distillation_loss(*pair, temperature=run.temperature)
       optimizer = settings.optimizer(run)
       shape = jax.eval_shape(lambda: state.create(params, optimizer))
       advance = step.make_step(
         loss_fn, optimizer, accumulate=run.accumulate,
         shardings=meshes.shardings(self._s.grid, shape, meshes.RULES),
       )
-      self._runners[name] = Runner(advance, step.make_eval(loss_fn), optimizer)
+      self._runners[name] = Runner(advance, step.make_eval(judge), optimizer)
     return self._runners[name]
 
   def _train(self, name: str, plan: Callable[[], Plan], steps: int) -> dict[str, float]:

@@ -39,17 +39,20 @@ def build(s: Setup) -> list[Stage]:
   taught = "teacher" if s.c.correct.run == "none" else "correct"  # what is distilled from
   studied = source
   before = {"teacher": "teacher"} | ({} if taught == "teacher" else {"corrected": taught})
+  plans: list[str] = []  # of every cut so far
   for number, each in enumerate(s.rounds, 1):
     name = rounds.label(number)
     cutting, left = _shrink(_alone(each), source, f"{name}_")
-    made += [*cutting, *_distil(each, taught, left, f"{name}_")]
+    plans.append(f"{name}_plan")
+    made += [*cutting, *_distil(each, taught, left, f"{name}_", plans)]
     before |= {f"{name}_{key}": f"{name}_{stage}" for key, stage in _stops(each).items()}
     before[f"{name}_distilled"] = source = f"{name}_distil"
   cutting, left = _shrink(alone, source, "")
   before |= _stops(s)
   made += [
     *cutting, outcome.ngrams(alone), outcome.evaluate(alone, "evaluate_cut", before),
-    *_distil(s, taught, left, ""), stages.rewired(outcome.export(alone), {"teacher": taught}),
+    *_distil(s, taught, left, "", [*plans, "plan"]),
+    stages.rewired(outcome.export(alone), {"teacher": taught}),
   ]
   trained = {"distilled": "distil"}
   made += _scratch(s)
@@ -89,9 +92,11 @@ def _search(s: Setup) -> list[Stage]:
   return searching.stages(s) if s.c.plan.path == settings.SEARCH else []
 
 
-def _distil(s: Setup, teacher: str, small: str, prefix: str) -> list[Stage]:
+def _distil(
+  s: Setup, teacher: str, small: str, prefix: str, plans: Sequence[str]
+) -> list[Stage]:
   """Returns the stages of a distillation, one a run, their names prefixed."""
-  made = [teaching.distil(each) for each in lessons.setups(s)]
+  made = [teaching.distil(each, tuple(plans)) for each in lessons.setups(s)]
   return lessons.chained(made, prefix, {"teacher": teacher, "cut": small}, start="cut")
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import hybridlm
-from experiments import artefacts, exchange, lessons, precision, settings, storing, training
+from experiments import (
+  artefacts,
+  exchange,
+  lessons,
+  losses,
+  precision,
+  settings,
+  storing,
+  training,
+)
 from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
-from hybridlm import bind
 
 # Keys of a training run that change how it is watched and saved, not what comes out.
 WATCHING = ("validate_every", "validate_batches", "save_every", "store", "stages", "profile")
@@ -87,13 +96,14 @@ def correct(s: Setup) -> Stage | None:
   return Stage("correct", values, fit, needs=("teacher",), home=s.cache, together=True)
 
 
-def distil(s: Setup) -> Stage:
+def distil(s: Setup, plans: Sequence[str] = ("plan",)) -> Stage:
   """Returns the stage that trains the cut model towards the teacher, or towards its store.
 
-  What it starts from may also be the model that the run before it left.
+  What it starts from may also be the model that the run before it left. `plans`: the stages whose
+  plans lead from the teacher to the student, in order; read where intermediate activations count.
   """
   run, found = s.c.distil, storing.opened(s)
-  loss = {"temperature": run.temperature, "kl": run.kl, "ce": run.ce}
+  read = losses.plans(run, plans)
 
   def learn(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg, params = artefacts.load_model(inputs["cut"])
@@ -107,13 +117,13 @@ def distil(s: Setup) -> Stage:
       teacher_cfg, held = precision.teacher(*artefacts.load_model(inputs["teacher"]), run)
       teacher_cfg = teacher_cfg.replace(layout=s.c.mesh.teacher_layout or s.c.mesh.layout)
       made = made._replace(
-        loss_fn=hybridlm.distillation_loss(student, teacher_cfg, **loss), frozen=held,
-        teacher=teacher_cfg,
+        loss_fn=losses.online(student, teacher_cfg, run, [inputs[name] for name in read]),
+        frozen=held, teacher=teacher_cfg,
       )
     else:
       storing.check_teacher(found.key.teacher, inputs["teacher"])
       made = made._replace(
-        loss_fn=bind.stored_loss(student, **loss), train=made.train.joined(found),
+        loss_fn=losses.stored(student, run), train=made.train.joined(found),
         valid=[found.join_valid(batch) for batch in made.valid],
       )
     training.train(folder, made, run, s.grid)
@@ -121,7 +131,7 @@ def distil(s: Setup) -> Stage:
 
   values = {"training": recipe(run), "data": s.train_data(run, s.c.seed + 1)}
   return Stage(
-    "distil", values | storing.values(found), learn, needs=("teacher", "cut"), version=2,
+    "distil", values | storing.values(found), learn, needs=("teacher", "cut", *read), version=2,
     together=True)
 
 
@@ -152,7 +162,7 @@ def scratch(s: Setup, *, goes_on: bool = False) -> Stage | None:
     if goes_on:
       lessons.go_on(folder, inputs["before"])
 
-  own = ("temperature", "kl", "ce", "peak", "teacher_precision")
+  own = (*losses.KEYS, "peak", "teacher_precision")
   values = {
     "training": {key: value for key, value in recipe(run).items() if key not in own},
     "peak": peak, "seed": s.c.seed + 1, "data": s.train_data(run, s.c.seed + 1),
