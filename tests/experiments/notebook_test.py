@@ -51,21 +51,39 @@ def test_a_notebook_is_committed_without_outputs(path):
   assert all(not cell.outputs and cell.execution_count is None for cell in cells)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_a_notebook_runs_to_its_end(path, tmp_path, monkeypatch):
+# What a notebook prints at toy size, by its name.
+SAYS = {
+  "quickstart": ("teacher: ", "pruned: ", "distilled: ", "from scratch: ", "The Congress"),
+  "tpu_vm": ("stages:", "waiting for data", "data wait: ", "'.pb'", "distilled: M-*", "it says ["),
+}
+
+
+def executed(path, folder, monkeypatch) -> str:
+  """Returns what a notebook prints when it runs in a folder, at toy size."""
   monkeypatch.setenv("HYBRIDLM_TOY", "1")
   monkeypatch.setenv("PYTHONPATH", str(commands.ROOT))
   monkeypatch.setenv("XLA_FLAGS", "")
   notebook = read(path)
   client = nbclient.NotebookClient(
-    notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
   )
   client.execute()
-  text = "".join(
+  return "".join(
     output.get("text", "") for cell in notebook.cells if cell.cell_type == "code"
     for output in cell.outputs
   )
-  for name in ("teacher", "pruned", "distilled", "from scratch"):
-    assert f"{name}: " in text
-  assert "The Congress" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_notebook_runs_to_its_end(path, tmp_path, monkeypatch):
+  text = executed(path, tmp_path, monkeypatch)
+  assert [words for words in SAYS[path.stem] if words not in text] == []
+
+
+@pytest.mark.ahead
+def test_the_plan_of_the_tpu_notebook_is_made_by_the_chip_s_compiler(tmp_path, monkeypatch):
+  pytest.importorskip("libtpu")
+  (path,) = (path for path in PATHS if path.stem == "tpu_vm")
+  text = executed(path, tmp_path, monkeypatch)
+  assert "v5e:1x1: 1 devices" in text and "fits, with " in text and "compiled in " in text
