@@ -55,7 +55,8 @@ def _gradients(
   start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   def add(total, part):
-    return jax.tree.map(jnp.add, total, one(part)), None
+    # Without it, XLA for TPUs (libtpu 0.0.52) fails on sums that it tries to move out of the loop.
+    return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(one(part))), None
 
   return jax.lax.scan(add, start, parts)[0]
 
