@@ -35,6 +35,7 @@ def training(steps: int, peak: float) -> ml_collections.ConfigDict:
     "validate_every": 100,  # steps
     "validate_batches": 4,
     "save_every": 200,  # steps between checkpoints, kept while the run lasts
+    "keep": 2,  # of them the last so many
     "profile": (),  # (START, STOP): the steps after START up to STOP leave a trace for XProf
   })
 
@@ -268,6 +269,15 @@ def get_config() -> ml_collections.ConfigDict:
   c.budget = budget()
 
   c.rules = rules()
+
+  # What a training run does about a step whose loss or gradient is not finite, or whose loss is a
+  # spike: "stop", "skip" the update, or "rollback" and go on past the batch.
+  c.guard = ml_collections.ConfigDict({
+    "action": "stop",
+    "spike": 0.0,  # times the running median of the loss; 0: no loss is one
+    "limit": 10,  # bad steps that a run may meet
+    "back": 1,  # checkpoints that "rollback" goes back
+  })
 
   c.tokenizer = ml_collections.ConfigDict()  # what `experiments.tokenizer` trains
   c.tokenizer.V = 4096

@@ -24,6 +24,7 @@ from hybridlm.interop.families import FAMILIES
 from hybridlm.prune import depth as depths
 from hybridlm.prune import repair
 from hybridlm.prune import scores as scoring
+from hybridlm.train import guard
 from hybridlm.train import mesh as meshes
 
 # The least that whole numbers may be; seeds are 32 bits.
@@ -36,7 +37,7 @@ LEAST = {
 } | {
   f"{run}.{key}": least for run in ("teacher", "distil", "correct")
   for key, least in {"steps": 1, "batch": 1, "accumulate": 1, "validate_batches": 1,
-                     "validate_every": 0, "save_every": 0}.items()
+                     "validate_every": 0, "save_every": 0, "keep": 1}.items()
 }
 # No correction; one that everything after it uses; one that only teaches.
 CORRECTIONS = ("none", "before", "beside")
@@ -61,6 +62,7 @@ def values(c: ConfigDict, grid: Mesh) -> None:
     raise ValueError(f"evaluate.ngram={c.evaluate.ngram}: more than 40 symbols never fit 64 bits")
   _batches(c, grid)
   _names(c)
+  guard.check(guard.Guard(**c.guard))
   losses.check(c.distil)
   precision.check(c.distil)
   _optional(c)

@@ -111,7 +111,7 @@ class Course:
     with jax.set_mesh(s.grid):
       end, _ = loop.run(
         runner.advance, start, data, steps=steps, frozen=self._frozen, workdir=folder,
-        save_every=run.save_every, keep=2, progress="auto",
+        save_every=run.save_every, keep=run.keep, progress="auto",
       )
       found = {
         key: runner.evaluate(end.params, self._frozen, batches)

@@ -24,7 +24,9 @@ from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
 
 # Keys of a training run that change how it is watched and saved, not what comes out.
-WATCHING = ("validate_every", "validate_batches", "save_every", "store", "stages", "profile")
+WATCHING = (
+  "validate_every", "validate_batches", "save_every", "keep", "store", "stages", "profile"
+)
 
 
 def recipe(run: ConfigDict) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def teacher(s: Setup) -> Stage:
       loss_fn=hybridlm.language_loss(laid), frozen=None, computes=laid,
       train=s.train_batches(run, s.c.seed), valid=s.validation(run),
     )
-    training.train(folder, made, run, s.grid)
+    training.train(folder, made, run, s.grid, guarded=training.guarded(s.c))
 
   values = {
     "model": s.cfg.to_dict(), "training": recipe(run), "seed": s.c.seed,
@@ -86,7 +88,7 @@ def correct(s: Setup) -> Stage | None:
       cfg=cfg, params=float32(params), loss_fn=hybridlm.language_loss(laid), frozen=None,
       train=s.train_batches(run, seed), valid=s.validation(run), like=like, computes=laid,
     )
-    training.train(folder, made, run, s.grid)
+    training.train(folder, made, run, s.grid, guarded=training.guarded(s.c))
 
   # Whether it is there before or beside decides who reads it, not what comes out.
   values = {
@@ -126,7 +128,7 @@ def distil(s: Setup, plans: Sequence[str] = ("plan",)) -> Stage:
         loss_fn=losses.stored(student, run), train=made.train.joined(found),
         valid=[found.join_valid(batch) for batch in made.valid],
       )
-    training.train(folder, made, run, s.grid)
+    training.train(folder, made, run, s.grid, guarded=training.guarded(s.c))
     lessons.go_on(folder, inputs["cut"])
 
   values = {"training": recipe(run), "data": s.train_data(run, s.c.seed + 1)}
@@ -158,7 +160,8 @@ def scratch(s: Setup, *, goes_on: bool = False) -> Stage | None:
       cfg=cfg, params=params, loss_fn=hybridlm.language_loss(student), frozen=None,
       train=s.train_batches(run, s.c.seed + 1), valid=s.validation(run), computes=student,
     )
-    training.train(folder, made, run, s.grid, peak=peak)
+    training.train(
+      folder, made, run, s.grid, peak=peak, guarded=training.guarded(s.c))
     if goes_on:
       lessons.go_on(folder, inputs["before"])
 

@@ -14,10 +14,13 @@ from hybridlm import layout
 from hybridlm.config import ModelConfig
 from hybridlm.data.pipeline import Batch, Batches
 from hybridlm.nn import stack
-from hybridlm.train import checkpoint, loop, metrics, state, step
+from hybridlm.train import checkpoint, guard, loop, metrics, state, step
 from hybridlm.train import mesh as meshes
 
 LOG = "log.json"
+# What a run's checkpoints must have in common with the run that goes on from them.
+DECIDING = ("steps", "batch", "schedule", "floor", "warmup", "decay", "weight_decay", "clip",
+            "beta1", "beta2")
 LossFn = Callable[[Any, Any, Any], dict[str, Any]]
 
 
@@ -73,8 +76,14 @@ def placed(tree: Any, grid: Mesh) -> Any:
   return meshes.place(tree, meshes.shardings(grid, tree, meshes.RULES))
 
 
+def guarded(c: ConfigDict) -> guard.Guard:
+  """Returns what the runs of a config do about bad steps."""
+  return guard.Guard(**c.guard)
+
+
 def train(
-  folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, *, peak: float | None = None
+  folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, *, peak: float | None = None,
+  guarded: guard.Guard = guard.STOP,
 ) -> None:
   """Trains until `run.steps` and leaves the model, its metrics and its log in a folder.
 
@@ -88,18 +97,20 @@ def train(
     run: steps, optimiser and intervals, as `configs.base.training` has them.
     grid: the devices.
     peak: replaces the run's peak learning rate.
+    guarded: what is done about bad steps.
 
   Raises:
     ValueError: as `train.loop.run` does.
   """
   if not (folder / LOG).is_file():
-    _train(folder, recipe, run, grid, peak)
+    _train(folder, recipe, run, grid, peak, guarded)
   if jax.process_index() == 0:
     shutil.rmtree(folder / loop.CHECKPOINTS, ignore_errors=True)
 
 
 def _train(
-  folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, peak: float | None
+  folder: pathlib.Path, recipe: Recipe, run: ConfigDict, grid: Mesh, peak: float | None,
+  guarded: guard.Guard,
 ) -> None:
   optimizer = settings.optimizer(run, peak=peak)
   frozen, start = _laid_out(recipe, optimizer, grid)
@@ -108,6 +119,7 @@ def _train(
   advance = step.make_step(
     recipe.loss_fn, optimizer, accumulate=run.accumulate,
     shardings=meshes.shardings(grid, start, layout.LAYOUTS[recipe.running.layout].parameters),
+    bad="skip" if guarded.action == "skip" else "make",
   )
   writes = jax.process_index() == 0
   if writes:
@@ -116,13 +128,22 @@ def _train(
     end, history = loop.run(
       advance, start, Spread(recipe.train, grid), steps=run.steps, frozen=frozen, workdir=folder,
       validate=lambda params: evaluate(params, frozen, valid), validate_every=run.validate_every,
-      save_every=run.save_every, keep=2, progress="auto" if writes else "off",
-      watch=observing.watch(recipe.running, recipe.teacher, run.profile),
+      save_every=run.save_every, keep=run.keep, progress="auto" if writes else "off",
+      watch=observing.watch(recipe.running, recipe.teacher, run.profile), guard=guarded,
+      config=_decided(recipe, run, peak),
     )
   params = stack.unstacked(recipe.running, meshes.fetch(end.params))
   if writes:
     artefacts.save_model(folder, recipe.cfg, params, like=recipe.like)
     artefacts.write_json(folder / LOG, log(history))
+
+
+def _decided(recipe: Recipe, run: ConfigDict, peak: float | None) -> dict[str, Any]:
+  """Returns what checkpoints are compared by, whatever the devices are."""
+  return {
+    "model": recipe.cfg.to_dict(), "peak": run.peak if peak is None else peak,
+    **{key: run[key] for key in DECIDING},
+  }
 
 
 def _laid_out(recipe: Recipe, optimizer: Any, grid: Mesh) -> tuple[Any, state.TrainState]:
