@@ -32,7 +32,8 @@ def setups(s: Setup) -> list[Setup]:
   """
   given = s.c.distil.stages
   if isinstance(given, (str, Mapping, ConfigDict)):
-    raise ValueError(f"distil.stages={given!r} is not a tuple of runs")
+    said = " ".join(str(given).split())
+    raise ValueError(f"distil.stages={said} is not a tuple of runs")
   if not given:
     return [s]
   return [_setup(s, each, number) for number, each in enumerate(given, 1)]

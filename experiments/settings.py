@@ -341,6 +341,7 @@ def setup(c: ConfigDict, grid: Mesh, *, cache: pathlib.Path) -> Setup:
   ids = text.tokenizer.V
   cfg = model(c, ids) if source is None else imported(c, source, ids)
   checks.heads(c.findings.heads, cfg)
+  checks.tokenizer(c.data.tokenizer, source, text)
   checks.texts(c, text)
   checks.layout(cfg, grid, "the teacher", (c.mesh.layout, c.mesh.teacher_layout or c.mesh.layout))
   s = Setup(c, cache, text, source, cfg, None, grid)

@@ -13,7 +13,7 @@ from experiments import artefacts, precision, stages
 from experiments.mistakes import about
 from experiments.settings import Setup
 from experiments.stages import Inputs, Stage
-from hybridlm import bind
+from hybridlm import bind, layout
 from hybridlm.config import ModelConfig
 from hybridlm.data import pipeline as data
 from hybridlm.data import store
@@ -69,6 +69,7 @@ def write(s: Setup, name: str) -> Stage:
 
   def fill(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg, params = precision.teacher(*artefacts.load_model(inputs["teacher"]), s.c.distil)
+    cfg = cfg.replace(layout=s.c.mesh.teacher_layout or s.c.mesh.layout)
     teacher = together.first(lambda: weights(inputs["teacher"]))
     _Writer(s, folder, key(s, teacher), _teacher(s, cfg, params)).run()
 
@@ -131,7 +132,8 @@ class _Writer:
 def _teacher(s: Setup, cfg: ModelConfig, params: Any) -> Callable[[data.Batch], top.Top]:
   """Returns what the teacher says of a batch, computed on the job's devices."""
   run, count = s.c.distil, s.c.distil.top_k or cfg.real_vocabulary
-  held = meshes.put(params, meshes.shardings(s.grid, params, meshes.RULES))
+  rules = layout.LAYOUTS[cfg.layout].parameters
+  held = meshes.put(params, meshes.shardings(s.grid, params, rules))
 
   @jax.jit
   def say(params, token_BL, segment_BL):
