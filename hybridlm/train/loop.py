@@ -267,7 +267,7 @@ def _train(job: _Job, leg: _Leg) -> tuple[states.TrainState, list[metrics.Record
       memory, more = _bound(plan.guard, memory, waiting, number)
       with trace.step(number):
         state, result = _advance(job, state, number, stopwatch, *more)
-      trace.done(number, result.metrics)
+      clock += trace.done(number, result.metrics)
       waiting.append(result)
       stopping = job.stop.asked(number)
       if not plan.looks(number) and not stopping:

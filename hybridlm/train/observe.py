@@ -99,7 +99,7 @@ class Trace:
   def __init__(self, profile: tuple[int, int] | None, workdir: pathlib.Path | None):
     here = workdir is not None and jax.process_index() == 0
     self._profile, self._running = profile if here else None, False
-    self._folder = workdir and workdir / TRACE
+    self._folder, self._spent = workdir and workdir / TRACE, 0.0
 
   def __enter__(self) -> "Trace":
     return self
@@ -107,7 +107,14 @@ class Trace:
   def __exit__(self, *_: Any) -> None:
     if self._running:
       self._running = False
-      jax.profiler.stop_trace()
+      with self._counted():
+        jax.profiler.stop_trace()
+
+  @contextlib.contextmanager
+  def _counted(self) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self._spent += time.perf_counter() - start
 
   def step(self, number: int) -> contextlib.AbstractContextManager:
     """Returns what a step is to be called in; starts the trace before its first step."""
@@ -115,11 +122,19 @@ class Trace:
       return contextlib.nullcontext()
     if not self._running:
       self._running = True
-      jax.profiler.start_trace(self._folder)
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # calls of Python would slow the steps that are looked at
+      with self._counted():
+        jax.profiler.start_trace(self._folder, profiler_options=options)
     return jax.profiler.StepTraceAnnotation("step", step_num=number)
 
-  def done(self, number: int, results: Any) -> None:
-    """Ends the trace after its last step, when that step's results are there."""
+  def done(self, number: int, results: Any) -> float:
+    """Ends the trace after its last step, when that step's results are there.
+
+    Returns the seconds that starting and ending it took since the last call: no part of a step.
+    """
     if self._running and number >= self._profile[1]:
       jax.block_until_ready(results)
       self.__exit__()
+    spent, self._spent = self._spent, 0.0
+    return spent

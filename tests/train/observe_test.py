@@ -1,6 +1,7 @@
 """What a run shows of itself: shares of the devices' peak, memory, times that add up, a trace."""
 
 import math
+import time
 
 import jax
 import pytest
@@ -86,6 +87,18 @@ def test_a_trace_holds_the_steps_that_were_asked_for(watched):
   (path,) = traces(watched[1] / observe.TRACE)
   assert path.parts[-4:-2] == ("plugins", "profile")  # where XProf and TensorBoard look
   assert marked(path) == [3, 4]
+
+
+def test_starting_and_ending_a_trace_counts_as_no_step(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: time.sleep(0.2))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: time.sleep(0.1))
+  with observe.Trace((1, 2), tmp_path) as trace:
+    spent = []
+    for number in (1, 2, 3):
+      with trace.step(number):
+        pass
+      spent.append(trace.done(number, ()))
+  assert spent[0] == spent[2] == 0.0 and spent[1] >= 0.3
 
 
 def test_a_run_that_fails_in_a_traced_step_closes_its_trace(tmp_path):
