@@ -193,6 +193,23 @@ def values(found: store.Store | None) -> dict[str, Any]:
   return {FIELD: {"manifest": found.fingerprint, "teacher": found.key.teacher}}
 
 
+def verify(found: store.Store, folder: pathlib.Path) -> None:
+  """Raises unless the teacher in a stage's folder made the store, and every record is whole.
+
+  Processes share the reading, and fail together.
+
+  Raises:
+    ValueError: another teacher, or a damaged record.
+  """
+  check_teacher(found.key.teacher, folder)
+  error = None
+  try:
+    found.verify(jax.process_index(), jax.process_count())
+  except ValueError as caught:
+    error = caught
+  together.check(error)
+
+
 def check_teacher(teacher: str, folder: pathlib.Path) -> None:
   """Raises unless the teacher in a stage's folder is the one a store was made with.
 

@@ -123,7 +123,7 @@ def distil(s: Setup, plans: Sequence[str] = ("plan",)) -> Stage:
         frozen=held, teacher=teacher_cfg,
       )
     else:
-      storing.check_teacher(found.key.teacher, inputs["teacher"])
+      storing.verify(found, inputs["teacher"])
       made = made._replace(
         loss_fn=losses.stored(student, run), train=made.train.joined(found),
         valid=[found.join_valid(batch) for batch in made.valid],

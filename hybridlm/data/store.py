@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ DTYPES = ("float16", "float32")
 
 Top = tuple[Integer[np.ndarray, "L T"], Float[np.ndarray, "L T"], Float[np.ndarray, "L"]]
 _HASH = 16  # bytes of the hash of a row, and of a checksum
+_THREADS = 8
 _OPTIONS = "group_size:1,uncompressed"  # log-probabilities hardly get smaller
 
 
@@ -109,9 +111,7 @@ def unpack(record: bytes, *, number: int, key: Key, dtype: str, place: str) -> t
   Raises:
     ValueError: the record is damaged, or that of another row.
   """
-  checksum, body = record[:_HASH], record[_HASH:]
-  if len(record) != record_size(key, dtype) or checksum != _checksum(body, number):
-    raise ValueError(f"{place}: the record of row {number} is damaged")
+  body = _body(record, number=number, key=key, dtype=dtype, place=place)
   count, at = key.length * key.k, _HASH
   id_LT = np.frombuffer(body, "<u2", count, at).astype(np.int32)
   at += 2 * count
@@ -126,6 +126,14 @@ def unpack(record: bytes, *, number: int, key: Key, dtype: str, place: str) -> t
     mass_L = np.log(np.exp(log_LT).sum(1) + np.exp(tail_L))
     log_LT, tail_L = log_LT - mass_L[:, None], tail_L - mass_L
   return body[:_HASH], (id_LT, log_LT, tail_L)
+
+
+def _body(record: bytes, *, number: int, key: Key, dtype: str, place: str) -> bytes:
+  """Returns what follows a record's checksum, if that is right."""
+  checksum, body = record[:_HASH], record[_HASH:]
+  if len(record) != record_size(key, dtype) or checksum != _checksum(body, number):
+    raise ValueError(f"{place}: the record of row {number} is damaged")
+  return body
 
 
 def record_size(key: Key, dtype: str) -> int:
@@ -245,6 +253,25 @@ class Store:
       raise ValueError(f"store {self.folder}: another validation data: row {found.index(None)} of "
                        "a batch is not in it")
     return self._joined(VALID, found, batch)
+
+  def verify(self, index: int = 0, count: int = 1) -> None:
+    """Reads every record of this process's share of the files, several files at once.
+
+    Raises:
+      ValueError: names the first file with a damaged record, and the row.
+    """
+    files = [(part, n) for part in (TRAIN, VALID) for n in range(len(self._files[part]))]
+    with futures.ThreadPoolExecutor(_THREADS) as pool:  # reading and hashing leave the lock
+      for _ in pool.map(lambda each: self._verify(*each), files[index::count]):
+        pass
+
+  def _verify(self, part: str, index: int) -> None:
+    (first, path), *others = self._files[part][index:]
+    end = others[0][0] if others else self.rows if part == TRAIN else len(self._valid)
+    place = f"store {self.folder}: {path.name}"
+    for number in range(first, end):
+      record = self._read(path, number - first, place)
+      _body(record, number=number, key=self.key, dtype=self.dtype, place=place)
 
   def _joined(self, part: str, numbers: Sequence[int], batch) -> dict[str, np.ndarray]:
     tops = []

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import threading
 
 import hypothesis
 import numpy as np
@@ -331,3 +332,24 @@ def test_each_split_is_tokenised_once(spec, monkeypatch):
   for seed in range(3):
     next(train(corpus, seed=seed))
   assert sorted(calls) == sorted(len(corpus.documents(name, "train")) for name in TEXTS)
+
+
+def test_the_next_batches_are_made_ahead_and_the_position_stays_with_what_was_handed_out(corpus):
+  asked, enough = [], threading.Event()
+
+  class Rows:
+    fingerprint = "rows"
+
+    def join(self, first, batch):
+      asked.append(first)
+      if len(asked) == 3:
+        enough.set()
+      return batch
+
+  stream = train(corpus).joined(Rows())
+  one = next(stream)
+  assert enough.wait(60)  # nobody has asked for the second batch
+  assert stream.get_state()["grain"] == {"next_index": 1} and asked == [0, B, 2 * B]
+  again = train(corpus).joined(Rows())
+  again.set_state(stream.get_state())
+  assert same(next(again), next(stream)) and same(one, next(train(corpus)))

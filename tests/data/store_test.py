@@ -66,6 +66,7 @@ def _made(corpus, tmp_path_factory):
 @pytest.mark.parametrize("batch, count", [(4, 1), (2, 1), (6, 3), (12, 2)])
 def test_rows_come_back_by_number_at_any_batch_size_and_in_any_sharding(corpus, made, batch, count):
   opened = store.Store(made)
+  opened.verify()
   for index in range(count):
     share = stream(corpus, batch=batch, process_index=index, process_count=count).joined(opened)
     for step, found in enumerate(itertools.islice(share, ROWS // batch)):
@@ -148,10 +149,13 @@ def test_a_flipped_byte_is_told_by_row_and_file(corpus, tmp_path, place):
   at = data.index(hashed) + (size // 2 if place == "record" else -8)
   data[at] ^= 4
   path.write_bytes(bytes(data))
-  share = stream(corpus).joined(store.Store(folder))
+  opened = store.Store(folder)
+  share = stream(corpus).joined(opened)
   next(share)
-  with pytest.raises(ValueError, match=r"train-000000000005.array_record: .*damaged"):
-    next(share)
+  for read in (lambda: next(share), opened.verify, lambda: opened.verify(1, 2)):
+    with pytest.raises(ValueError, match=r"train-000000000005.array_record: .*damaged"):
+      read()
+  opened.verify(0, 2)  # the other process's share has none
 
 
 def test_files_cut_off_and_missing_ones_are_told_on_opening(corpus, tmp_path):
