@@ -79,15 +79,13 @@ def seconds(given: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, fl
   """
   chip = aot_plan.slice_of(given["slice"]).chip
   peak, run = devices.device(chip), given["run"]
-  student, teacher = (ModelConfig.from_dict(given[key]) for key in ("student", "teacher"))
   parts = report["parts"]
   moved = 2 * (parts["parameters"] + parts["moments"]) + run["accumulate"] * (
     2 * parts["parameters"] + parts["teacher"])
   limits = {
-    "products": report["flops"] / report["devices"] / peak.peak(student.dtype),
+    "products": report["flops"] / report["devices"] / peak.peak(given["student"]["dtype"]),
     "memory": moved / peak.bandwidth,
   }
-  del teacher
   if "sent" in report:
     limits["links"] = sum(report["sent"].values()) / LINKS[chip]
   return limits

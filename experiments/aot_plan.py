@@ -2,12 +2,11 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments import exchange, losses, settings
+from experiments import exchange, losses, precision, settings
 from experiments.ahead import TARGETS
 from hybridlm import layout
 from hybridlm.config import PRESETS, ModelConfig
@@ -97,12 +96,23 @@ def models(c: ConfigDict) -> tuple[ModelConfig, ModelConfig]:
 def order(c: ConfigDict, name: str) -> dict[str, Any]:
   """Returns what the compiling process is told, as plain values.
 
+  Of several runs of a distillation it is what they share. Intermediate activations are not compared
+  yet: what is kept of them is for a plan to say.
+
   Raises:
     ValueError: a slice, a mesh or models that cannot be, or rows that do not divide.
   """
-  chips = slice_of(name)
+  chips, run = slice_of(name), c.distil
+  if run.store:
+    raise ValueError(f"distil.store={run.store!r}: a step is compiled with its teacher at hand; "
+                     "leave it empty")
   student, teacher = models(c)
-  along, run = mesh(c, chips.devices), c.distil
+  student = precision.student(student, run).replace(layout=c.mesh.layout)
+  teacher = precision.teacher_config(teacher, run).replace(
+    layout=c.mesh.teacher_layout or c.mesh.layout)
+  along = mesh(c, chips.devices)
+  losses.check(run)
+  precision.check(run)
   rows = along["data"] * along["fsdp"]
   if run.batch % (rows * run.accumulate):
     raise ValueError(
@@ -114,10 +124,3 @@ def order(c: ConfigDict, name: str) -> dict[str, Any]:
     "teacher_dtype": teacher.dtype if published else "float32", "run": settings.plain(run),
     "length": c.data.length,
   }
-
-
-def loss(
-  cfg: ModelConfig, teacher: ModelConfig, run: Mapping[str, Any]
-) -> Callable[..., dict[str, Any]]:
-  """Returns the loss that the distillation of a config has."""
-  return losses.online(cfg, teacher, run)

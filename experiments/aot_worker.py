@@ -19,11 +19,12 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from experiments import aot_hlo, aot_plan, settings
+from experiments import aot_hlo, aot_plan, losses, settings
 from experiments.ahead import TARGETS
 from experiments.artefacts import write_json
 from hybridlm import config, layout
 from hybridlm.config import ModelConfig
+from hybridlm.nn import held as hold
 from hybridlm.nn import stack
 from hybridlm.train import mesh as meshes
 from hybridlm.train import state, step
@@ -75,7 +76,7 @@ def measured(given: Mapping[str, Any], found: Sequence[Any]) -> dict[str, Any]:
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes, where,
   )
-  loss = aot_plan.loss(cfg, teacher, given["run"])
+  loss = losses.online(cfg, teacher, run)
   advance = step.make_step(loss, optimizer, accumulate=run.accumulate, shardings=where[0])
   report: dict[str, Any] = {"parts": parts, "devices": len(found)}
   with jax.set_mesh(grid), _Clock(report, "trace"):
@@ -130,10 +131,10 @@ def arguments(cfg: ModelConfig, teacher: ModelConfig, optimizer, given) -> tuple
   """Returns the shapes of a state, of the teacher's parameters and of a batch, as they run."""
   def running(cfg, dtype):
     tree = jax.tree.map(
-      lambda shape: jax.ShapeDtypeStruct(shape, dtype), config.shapes(cfg),
-      is_leaf=lambda x: isinstance(x, tuple),
+      lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+      config.shapes(cfg.replace(held="float32")), is_leaf=lambda x: isinstance(x, tuple),
     )
-    return jax.eval_shape(lambda tree: stack.stacked(cfg, tree), tree)
+    return jax.eval_shape(lambda tree: stack.stacked(cfg, hold.hold(cfg, tree)), tree)
 
   before = jax.eval_shape(
     lambda params: state.create(params, optimizer), running(cfg, jax.numpy.float32))

@@ -26,7 +26,7 @@ class Job(NamedTuple):
   artefacts go.  cache: what workdirs share (teachers, token ids, compiled programs).  dry_run: say
   what would be done, and do nothing.  profile: steps to trace, see `observing.traced`.
   place: where this process stands among several; None: it is alone.  team: all of them, once they
-  have found each other.
+  have found each other.  aot: the slice to compile for instead, see `experiments.aot`.
   """
 
   config: ConfigDict
@@ -37,6 +37,7 @@ class Job(NamedTuple):
   profile: tuple[int, int] | None = None
   place: processes.Place | None = None
   team: processes.Team = processes.ALONE
+  aot: str | None = None
 
 
 def start(main: Callable[[Job], None]) -> None:
@@ -83,6 +84,10 @@ def parse(argv: Sequence[str]) -> Job | None:
     "profile", None, "START:STOP: the steps of the distillation after START up to STOP leave a "
     "trace for XProf in the stage's folder `trace`.", flag_values=values,
   )
+  flags.DEFINE_string(
+    "aot", None, "CHIP:SHAPE, such as v5p:4x4x4 or h200:8: compile a step of the distillation for "
+    "this slice, say if it fits and how fast it may be, and run nothing.", flag_values=values,
+  )
   processes.define(values)
   flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
   file = read(values, argv, like=base.get_config())
@@ -91,7 +96,8 @@ def parse(argv: Sequence[str]) -> Job | None:
   workdir = pathlib.Path(values.workdir or pathlib.Path("workdir", values.config.name))
   cache = pathlib.Path(values.cache_dir or workdir.parent / "cache")
   profile = None if values.profile is None else observing.steps_of(values.profile)
-  return Job(values.config, file, workdir, cache, values.dry_run, profile, processes.place(values))
+  return Job(values.config, file, workdir, cache, values.dry_run, profile, processes.place(values),
+             aot=values.aot)
 
 
 def read(values: flags.FlagValues, argv: Sequence[str], *, like: ConfigDict) -> str | None:

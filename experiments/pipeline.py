@@ -96,8 +96,11 @@ def _distil(
   s: Setup, teacher: str, small: str, prefix: str, plans: Sequence[str]
 ) -> list[Stage]:
   """Returns the stages of a distillation, one a run, their names prefixed."""
-  made = [teaching.distil(each, tuple(plans)) for each in lessons.setups(s)]
-  return lessons.chained(made, prefix, {"teacher": teacher, "cut": small}, start="cut")
+  runs = lessons.setups(s)
+  brought, who = lessons.teachers(runs, s, prefix, teacher, teaching.teacher)
+  made = [teaching.distil(each, tuple(plans)) for each in runs]
+  wiring = [{"teacher": name, "cut": small} for name in who]
+  return [*brought, *lessons.chained(made, prefix, wiring, start="cut")]
 
 
 def _scratch(s: Setup) -> list[Stage]:
@@ -105,7 +108,7 @@ def _scratch(s: Setup) -> list[Stage]:
   runs = lessons.setups(s)
   made = [teaching.scratch(each, goes_on=number > 0) for number, each in enumerate(runs)]
   made = [stage for stage in made if stage is not None]
-  return lessons.chained(made, "", {}, start="before") if made else []
+  return lessons.chained(made, "", [{}] * len(made), start="before") if made else []
 
 
 def _stops(s: Setup) -> dict[str, str]:
@@ -152,6 +155,8 @@ def execute(
     ValueError: bad input; the workdir is as it was. Or what several processes cannot do.
     FileNotFoundError: the same, where a file is missing.
   """
+  if job.aot is not None:
+    raise ValueError(f"--aot={job.aot} is for experiments.distill: its step is what is compiled")
   config = observing.traced(job.config, job.profile, names)
   s = settings.setup(config, settings.mesh(config), cache=job.cache)
   made = build(s)
@@ -165,7 +170,11 @@ def execute(
       print(dry_run(s, made, job.workdir))
   if job.dry_run:
     return {}
-  return stages.run(made, job.workdir, owner=owner, say=_say, team=job.team)
+  folders = stages.run(made, job.workdir, owner=owner, say=_say, team=job.team)
+  if job.team.leads:
+    for line in observing.missed(job.profile, folders):
+      _say(line)
+  return folders
 
 
 def _check_team(
