@@ -1,5 +1,6 @@
 """What a training run is watched for, from a config, and where its time went, from its records."""
 
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +56,14 @@ def traced(c: ConfigDict, profile: tuple[int, int] | None, names: Sequence[str])
     raise ValueError(f"profile {profile[0]}:{profile[1]} goes beyond {key}.steps={run.steps}")
   run.profile = profile
   return c
+
+
+def missed(profile: tuple[int, int] | None, folders: Mapping[str, pathlib.Path]) -> list[str]:
+  """Returns a line if steps were to be traced and no stage has a trace."""
+  if profile is None or any((folder / observe.TRACE).is_dir() for folder in folders.values()):
+    return []
+  return [f"profile {profile[0]}:{profile[1]}: no trace; the run was done before, or is no part of "
+          "this command"]
 
 
 def check(c: ConfigDict) -> None:

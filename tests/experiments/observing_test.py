@@ -101,6 +101,15 @@ def test_another_text_than_two_numbers_of_steps_is_refused(text, message):
     cli.parse(["distill", "--config=configs/quickstart_toy.py", f"--profile={text}"])
 
 
+def test_a_run_that_leaves_no_trace_though_asked_is_told(tmp_path):
+  folders = {name: tmp_path / name for name in ("teacher", "distil")}
+  (line,) = observing.missed((1, 3), folders)
+  assert line.startswith("profile 1:3: no trace; the run was done before")
+  assert observing.missed(None, folders) == []
+  (tmp_path / "distil" / "trace").mkdir(parents=True)
+  assert observing.missed((1, 3), folders) == []
+
+
 def test_steps_beyond_the_run_and_values_that_are_no_steps_are_refused():
   c = quickstart_toy.get_config()
   with pytest.raises(ValueError, match="profile 3:5 goes beyond distil.steps=4"):
