@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 import hybridlm
 from experiments import artefacts, console, evaluation
@@ -174,7 +175,7 @@ def train(
     where = meshes.shardings(grid, next(iter(starts.values())), rules[0])
     starts = {name: meshes.place(start, where) for name, start in starts.items()}
     frozen = meshes.place(frozen, meshes.shardings(grid, frozen, rules[1]))
-    spread = functools.partial(meshes.shard_batch, grid)
+    spread = functools.partial(_spread, grid)
   loss = hybridlm.distillation_loss(student, teacher, temperature=2.0, ce=0.5)
   advance, run, made = step.make_step(loss, optimizer("adamw"), shardings=where), None, {}
   with jax.set_mesh(grid):
@@ -184,9 +185,14 @@ def train(
       for batch in batches()[:steps]:
         now, metrics = run(now, frozen, spread(batch))
         losses.append(float(metrics["loss"]))
-      params = jax.device_get(now.params)
+      params = meshes.fetch(now.params)
       made[name] = Run(np.array(losses), params, collectives(run.as_text()))
   return made
+
+
+def _spread(grid: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Returns a batch on the mesh, of which every process has the whole."""
+  return meshes.put(dict(batch), meshes.batch_shardings(grid, batch))
 
 
 def runs(case: Case | None) -> dict[str, Run]:
