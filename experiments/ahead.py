@@ -3,6 +3,7 @@
 Each target has a process of its own, because its plugin registers once, with its own environment
 variables. A report has `seconds`; `arguments`, `outputs` and `temporaries`, bytes of the chip's
 memory; and `kernels`, a record each: VMEM on a TPU; registers, spills, shared memory on a GPU.
+Of a GPU also `products`: how often matrices of which dtypes are multiplied outside of kernels.
 A program that does not compile has the compiler's `error` instead.
 """
 

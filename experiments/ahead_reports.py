@@ -1,5 +1,6 @@
 """Reads what compilers print: VMEM of TPU kernels in HLO text, registers and spills from ptxas."""
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,10 @@ LAUNCH = re.compile(
 # The kernel's own name stands before the primitive's, inside jvp(..) and transpose(..).
 OP_NAME = re.compile(r'op_name="(?:[^"]*[/(])?(?P<name>\w+)\)*/\w+"')
 HASH = re.compile(r'kernel_hash = "(?P<hash>(?:[^"\\]|\\.)*)"')
+# A value of a computation with its dtype; a product with the values it reads.
+VALUE = re.compile(r"^\s*(?:ROOT )?(?P<name>%[\w.-]+) = (?P<dtype>\w+)\[")
+PRODUCT = re.compile(r" dot\((?P<left>%[\w.-]+), (?P<right>%[\w.-]+)\)")
+CUBLAS = re.compile(r'custom_call_target="__cublas\$lt\$matmul\$f8"')
 
 
 def tpu_kernels(hlo: str) -> list[dict[str, Any]]:
@@ -111,3 +116,22 @@ def known_kernels(
       found[key] = mine[0]
       left.remove(mine[0])
   return found
+
+
+def products(hlo: str) -> dict[str, int]:
+  """Returns how often a compiled GPU program multiplies matrices of which dtypes: `f32 × f32`.
+
+  Calls of cuBLAS in FP8 are counted as `f8 × f8 by cuBLAS`; its others are not looked for.
+  """
+  found: collections.Counter[str] = collections.Counter()
+  dtypes: dict[str, str] = {}
+  for line in hlo.splitlines():
+    if line.startswith(("%", "ENTRY")):  # names are those of one computation
+      dtypes = {}
+    elif match := VALUE.match(line):
+      dtypes[match["name"]] = match["dtype"]
+    if CUBLAS.search(line):
+      found["f8 × f8 by cuBLAS"] += 1
+    elif match := PRODUCT.search(line):
+      found[" × ".join(dtypes[match[side]] for side in ("left", "right"))] += 1
+  return dict(found)

@@ -71,11 +71,12 @@ def compile_one(job, target: Target, sharding, known: dict[str, dict]) -> tuple[
     printed.seek(0)
     text = printed.read().decode("utf-8", "replace")
   if target.platform == "tpu":
-    kernels = ahead_reports.tpu_kernels(compiled.as_text())
+    kernels, products = ahead_reports.tpu_kernels(compiled.as_text()), {}
   else:
     calls = ahead_reports.gpu_calls(compiled.as_text())
     known = ahead_reports.known_kernels(calls, ahead_reports.gpu_kernels(text), known)
     kernels = [known[key] for _, key in calls]
+    products = {"products": ahead_reports.products(compiled.as_text())}
   memory = compiled.memory_analysis()
   return {
     "seconds": seconds,
@@ -83,6 +84,7 @@ def compile_one(job, target: Target, sharding, known: dict[str, dict]) -> tuple[
     "outputs": memory.output_size_in_bytes,
     "temporaries": memory.temp_size_in_bytes,
     "kernels": kernels,
+    **products,
   }, known
 
 
