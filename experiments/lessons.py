@@ -2,20 +2,21 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import artefacts, checks, rounds, settings, stages
+from experiments import artefacts, checks, exchange, rounds, settings, stages
 from experiments.mistakes import about
 from experiments.settings import Setup
 from experiments.stages import Stage
 from experiments.training import LOG
 from hybridlm.train import together
 
-# What a run may say beside the keys of `distil`: these of `data`.
+# What a run may say beside the keys of `distil`: these of `data`, and who teaches instead.
 TEXT = ("length", "phases")
+TEACHER = "teacher"
 # Seeds of runs lie so far apart that no other of the job's lies between two of one run.
 _SEEDS = 100
 # Means of a run's time are weighed by the time its steps took.
@@ -43,19 +44,64 @@ def _setup(s: Setup, given: Any, number: int) -> Setup:
   place = f"distil.stages: stage {number}"
   said = rounds.table(given, place)
   with about(place):
-    rounds.known(said, (*(key for key in s.c.distil if key != "stages"), *TEXT), "")
+    own = (key for key in s.c.distil if key != "stages")
+    rounds.known(said, (*own, *TEXT, TEACHER), "")
     one = ConfigDict(s.c.to_dict())
     one.distil.stages = ()
     for key, value in said.items():
-      part = "data" if key in TEXT else "distil"
-      rounds.put(one[part], key, value, part)
+      if key == TEACHER:
+        rounds.put(one.teacher, "path", value, "teacher")
+      else:
+        part = "data" if key in TEXT else "distil"
+        rounds.put(one[part], key, value, part)
     one.seed = s.c.seed + _SEEDS * (number - 1)
     one.scratch.peak = s.c.scratch.peak * one.distil.peak / s.c.distil.peak
     checks.values(one, s.grid)
     settings.optimizer(one.distil)
     text = s.corpus.mixed(one.data.phases)
     checks.texts(one, text)
-  return dataclasses.replace(s, c=one, corpus=text)
+    made = dataclasses.replace(s, c=one, corpus=text)
+    return _taught(made) if TEACHER in said else made
+
+
+def _taught(s: Setup) -> Setup:
+  """Returns a run with the teacher that its `teacher.path` names in the place of the job's.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged, or reads other ids.
+  """
+  source = exchange.located(TEACHER, s.c.teacher.path)
+  name = s.c.data.tokenizer if s.source is None else str(s.source)
+  cfg = settings.imported(s.c, source, s.corpus.tokenizer.V)
+  checks.tokenizer(name, source, s.corpus)
+  if cfg.real_vocabulary != s.cfg.real_vocabulary:
+    raise ValueError(f"{TEACHER}={s.c.teacher.path!r} predicts {cfg.real_vocabulary} tokens, the "
+                     f"job's teacher {s.cfg.real_vocabulary}: they must share a vocabulary")
+  names = (s.c.mesh.layout, s.c.mesh.teacher_layout or s.c.mesh.layout)
+  checks.layout(cfg, s.grid, "the teacher", names)
+  return dataclasses.replace(s, source=source, cfg=cfg)
+
+
+def teachers(
+  runs: Sequence[Setup], s: Setup, prefix: str, name: str, bring: Callable[[Setup], Stage]
+) -> tuple[list[Stage], list[str]]:
+  """Returns the stages of teachers that runs have of their own, and who teaches each run.
+
+  Args:
+    runs: as `setups` gives them.
+    s: the job.
+    prefix: of the stages' names.
+    name: of the stage whose model teaches the other runs.
+    bring: makes the stage of a setup's teacher.
+  """
+  made, who = [], []
+  for number, each in enumerate(runs, 1):
+    own = f"{prefix}teacher_stage{number}"
+    if each.source != s.source:
+      made.append(stages.rewired(bring(each), {TEACHER: own}))
+    who.append(name if each.source == s.source else own)
+  return made, who
 
 
 def names(prefix: str, name: str, count: int) -> list[str]:
@@ -64,21 +110,22 @@ def names(prefix: str, name: str, count: int) -> list[str]:
 
 
 def chained(
-  made: Sequence[Stage], prefix: str, wiring: Mapping[str, str], *, start: str
+  made: Sequence[Stage], prefix: str, wiring: Sequence[Mapping[str, str]], *, start: str
 ) -> list[Stage]:
   """Returns the stages of one run after the other.
 
   Args:
     made: a stage a run, of one name.
     prefix: of their names.
-    wiring: plain name -> the one in this pipeline.
+    wiring: of each: plain name -> the one in this pipeline.
     start: the plain name of what a run starts from; of every run but the first it is the run
       before.
   """
   found: list[Stage] = []
-  for stage, name in zip(made, names(prefix, made[0].name, len(made)), strict=True):
+  called = names(prefix, made[0].name, len(made))
+  for stage, name, known in zip(made, called, wiring, strict=True):
     before = {start: found[-1].name} if found else {}
-    found.append(stages.rewired(stage, {**wiring, **before, stage.name: name}))
+    found.append(stages.rewired(stage, {**known, **before, stage.name: name}))
   return found
 
 

@@ -13,10 +13,11 @@ def build(s: Setup) -> list[Stage]:
   """Returns the stages that make the teacher, and its store for each run of the distillation."""
   made = [stage for stage in (teaching.teacher(s), teaching.correct(s)) if stage is not None]
   runs = lessons.setups(s)
+  brought, who = lessons.teachers(runs, s, "", made[-1].name, teaching.teacher)
   names = lessons.names("", "store", len(runs))
-  return [*made, *(
-    stages.rewired(storing.write(each, name), {"teacher": made[-1].name})
-    for each, name in zip(runs, names, strict=True)
+  return [*made, *brought, *(
+    stages.rewired(storing.write(each, name), {"teacher": source})
+    for each, name, source in zip(runs, names, who, strict=True)
   )]
 
 

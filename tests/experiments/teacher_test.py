@@ -208,6 +208,24 @@ def test_runs_of_a_distillation_say_what_differs_and_start_from_the_run_before(p
   assert next(last.train_batches(last.c.distil, last.c.seed + 1))["token_BL"].shape == (4, 16)
 
 
+def test_a_run_may_have_a_teacher_of_its_own_for_its_store_and_its_lesson(place, tmp_path):
+  s = setup(place)
+  artefacts.save_model(tmp_path, s.cfg, hybridlm.init(s.cfg, seed=3))
+  path = str(tmp_path / artefacts.MODEL)
+  s = setup(place, distil={"stages": (*RUNS, {"steps": 2, "teacher": path})})
+  made = {stage.name: stage for stage in pipeline.build(s)}
+  assert made["distil_stage1"].needs[:2] == ("teacher", "cut")
+  assert made["distil"].needs[:2] == ("teacher_stage3", "distil_stage2")
+  stores = {stage.name: stage.needs for stage in teacher.build(s)}
+  assert stores["store_stage2"] == ("teacher",) and stores["store"] == ("teacher_stage3",)
+  other = s.cfg.replace(V=300, vocabulary=300)
+  artefacts.save_model(tmp_path / "b", other, hybridlm.init(other, seed=3))
+  path = str(tmp_path / "b" / artefacts.MODEL)
+  s = setup(place, distil={"stages": ({"teacher": path},)})
+  with pytest.raises(ValueError, match="distil.stages: stage 1: teacher=.* predicts 300 tokens, "):
+    pipeline.build(s)
+
+
 @pytest.mark.parametrize("runs, told", [
   ({"steps": 3}, "distil.stages=steps: 3 is not a tuple of runs"),
   ((3,), "distil.stages: stage 1: 3 is not a table"),
@@ -253,7 +271,13 @@ def test_the_log_of_a_run_goes_on_where_the_run_before_it_ended(tmp_path):
 
 @pytest.mark.slow
 def test_one_command_writes_a_store_and_another_distils_from_it_in_two_runs(tmp_path):
-  quick = ["--config.evaluate.ngram=0", "--config.findings.heads=()", "--config.scratch.run=none"]
+  unset = [f"--config.model.{name}=" for name in "KJEGHPNW"] + [
+    f"--config.targets.{name}=" for name in "HPJ"]
+  quick = [
+    "--config.model.pattern=-", "--config.calibrate.axes=FD", "--config.evaluate.ngram=0",
+    "--config.evaluate.outside=main", "--config.findings.heads=()", "--config.scratch.run=none",
+    *unset,
+  ]
   argv = [commands.TOY, "--workdir=job", "--config.distil.top_k=7", *quick]
   runs = "--config.distil.stages=({'steps':2},{'steps':2,'length':16,'batch':4,'store':''})"
   learns = "--config.distil.store=job/store_stage1"
