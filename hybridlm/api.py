@@ -15,7 +15,7 @@ from hybridlm.bind import apply, apply_hidden, apply_taps, language_loss
 from hybridlm.config import ModelConfig
 from hybridlm.decode import loop
 from hybridlm.interop import dispatch
-from hybridlm.nn import serve
+from hybridlm.nn import serve, stack
 from hybridlm.nn.lm import HybridLM
 from hybridlm.ops.ssd.api import check_segments
 from hybridlm.prune import cut as cutting
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike, *, dtype: str | None = None) -> tuple[ModelCon
   if dtype not in (None, *config.DTYPES):
     raise ValueError(f"load: dtype {dtype!r} is not one of {', '.join(config.DTYPES)}")
   if os.path.isfile(os.path.join(path, checkpoint.MODEL)):
-    cfg, trained = checkpoint.load_model(path)
+    cfg, trained = checkpoint.load_model(path, stack.unstacked)
     leaves = lazy.of(trained)
   else:
     cfg, leaves = dispatch.open(path)

@@ -124,15 +124,37 @@ def stacked_blocks(cfg: ModelConfig, blocks: Mapping[str, Any]) -> dict[str, Any
 
 
 def unstacked(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the canonical tree of a running one: the inverse of `stacked`, exactly."""
+  """Returns the canonical tree of a running one: the inverse of `stacked`, exactly.
+
+  The tree may be that of the same model in FP8 with wide ends, which repeats other units.
+
+  Raises:
+    ValueError: a tree of no such model.
+  """
   if not is_stacked(cfg, tree):
     return dict(tree)
   made = {}
-  for first, own in members(program(cfg)).items():
+  for first, own in members(_ran(cfg, tree["blocks"])).items():
     folder = tree["blocks"][block_name(first)]
     folders = axes.unstack(folder) if len(own) > 1 else [folder]
     made |= {block_name(index): each for index, each in zip(own, folders, strict=True)}
   return {**tree, "blocks": dict(sorted(made.items()))}
+
+
+def _ran(cfg: ModelConfig, blocks: Mapping[str, Any]) -> Program:
+  """Returns the program whose blocks and numbers of turns are those of a running tree."""
+  def height(folder):
+    return max(
+      leaf.shape[0] if axes.of(path).startswith("X") else 1 for path, leaf in axes.leaves(folder))
+
+  found = {name: height(folder) for name, folder in blocks.items()}
+  wide = (
+    cfg.replace(quantize="fp8", wide_ends=ends) for ends in range((len(cfg.blocks) + 1) // 2))
+  for each in (cfg, *wide):
+    items = program(each)
+    if {block_name(first): len(own) for first, own in members(items).items()} == found:
+      return items
+  raise ValueError(f"stacks of {sorted(found)} are not those of {cfg.pattern!r}")
 
 
 def bare(folder: Mapping[str, Any]) -> dict[str, Any]:

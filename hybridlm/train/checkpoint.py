@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -300,8 +300,13 @@ def name_model(folder: str | os.PathLike, cfg: ModelConfig) -> None:
   sealed.write_json(folder / MODEL, cfg.to_dict())
 
 
-def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+def load_model(
+  folder: str | os.PathLike,
+  canonical: Callable[[ModelConfig, Any], dict[str, Any]] = lambda cfg, params: params,
+) -> tuple[ModelConfig, dict[str, Any]]:
   """Returns the config and the parameters of a run's newest good checkpoint.
+
+  `canonical` makes the model's own tree of the one that trained.
 
   Raises:
     FileNotFoundError: no checkpoint was ever saved there, or nobody said of which model.
@@ -313,6 +318,7 @@ def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
   params, _ = load_params(folder)
   try:
     cfg = ModelConfig.from_dict(sealed.read_json(path))
+    params = canonical(cfg, params)
     check(cfg, params)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error

@@ -80,6 +80,16 @@ def test_unstacking_gives_back_every_leaf_and_stacks_name_their_axis():
   assert stack.stacked(cfg.replace(stack="none"), params) == params
 
 
+def test_a_tree_that_ran_in_fp8_with_wide_ends_is_unstacked_for_the_plain_model():
+  cfg = models.make(pattern="-" * 9, stack="units")
+  params = models.params(cfg)
+  tree = stack.stacked(cfg.replace(quantize="fp8", wide_ends=3), params)
+  back = stack.unstacked(cfg, tree)
+  jax.tree.map(np.testing.assert_array_equal, params, back)
+  with pytest.raises(ValueError, match="are not those of"):
+    stack.unstacked(models.make(pattern="-" * 10), tree)
+
+
 def test_what_lies_in_host_memory_is_stacked_there():
   cfg = make()
   tree = stack.stacked(cfg, jax.device_get(models.params(cfg, 3.0)))
