@@ -7,6 +7,7 @@ import setuptools
 CORE = (
   # Lower bounds are the versions the tests run against.
   "absl-py>=2.5",
+  "array-record>=0.8.6",
   "flax>=0.12.8",
   "grain>=0.2.18",
   "jax>=0.10.2",
