@@ -187,11 +187,11 @@ class Team:
     return self
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    self._muted.close()
     if self.count == 1:
       return
     if error is None:
       self._leave()
-      self._muted.close()
       return
     if isinstance(error, SystemExit):  # agreed on by all
       self._leave()
