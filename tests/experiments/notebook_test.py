@@ -54,7 +54,8 @@ def test_a_notebook_is_committed_without_outputs(path):
 # What a notebook prints at toy size, by its name.
 SAYS = {
   "quickstart": ("teacher: ", "pruned: ", "distilled: ", "from scratch: ", "The Congress"),
-  "tpu_vm": ("stages:", "waiting for data", "data wait: ", "'.pb'", "distilled: M-*", "it says ["),
+  "tpu_vm": ("stages:", "waiting for data", "data wait: ", "\nteacher_flops_per_second: ",
+             "'.pb'", "distilled: M-*", "it says ["),
 }
 
 

@@ -86,7 +86,10 @@ def test_the_report_holds_every_part_and_every_picture_it_names(tmp_path):
   plan = hybridlm.plan(cfg, scores, {"D": 12, "F": 16, "H": 2, "P": 4, "J": 2, "blocks": 4})
   log = {
     "train": [{"tokens": 10, "ce": 3.0}, {"tokens": 20, "ce": 2.0}],
-    "valid": [{"tokens": 20, "ce": 2.5}], "summary": {"tokens_per_second": 50.0},
+    "valid": [{"tokens": 20, "ce": 2.5}],
+    "summary": {"tokens_per_second": 50.0, "time": {
+      "stepping": 3.0, "steps": 2, "seconds": 4.0, "device": 2.5, "idle": 0.25, "other": 0.25,
+      "compile": 0.5, "validate": 0.25, "checkpoint": 0.25}},
   }
   main = report.write(
     tmp_path, title="a title", results=results(teacher=1.0, pruned=3.0, distilled=1.5, scratch=2.0),
@@ -97,6 +100,9 @@ def test_the_report_holds_every_part_and_every_picture_it_names(tmp_path):
   text = (tmp_path / "report.md").read_text()
   assert text.startswith("# a title\n") and main in text and "* Teacher: small" in text
   assert "| byte 2-gram | 3.000 | 4.500 |" in text
+  times = text.partition("## Where the time went")[2].splitlines()
+  assert [line.split("|")[1].strip() for line in times if line.startswith("|")][2:] == [
+    "teacher", "pruned + distilled", "same size from scratch"]
   pictures = {path.name for path in tmp_path.glob("*.png")}
   wanted = {f"importance_{name}.png" for name in ("HP", "F", "KJ", "D", "X")} | {"loss.png"}
   assert pictures == wanted and all(f"]({name})" in text for name in pictures)
