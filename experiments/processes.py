@@ -280,24 +280,38 @@ class Team:
 ALONE = Team()
 
 
+def _late(where: Place) -> None:
+  text = f"--coordinator={where.coordinator}: " if where.coordinator else ""
+  count = f"the {where.processes}" if where.processes else "all"
+  print(f"{text}not {count} processes came within {ARRIVE} s; start all of them, with an address "
+        "that every one reaches", file=sys.stderr, flush=True)
+  os._exit(LOST)
+
+
 def join(where: Place | None) -> Team:
   """Returns the team of a job's processes once all have come; alone, that is at once.
 
-  Nothing may have computed before.
+  Nothing may have computed before. Where not all come in time, the process ends with a line.
 
   Raises:
-    ValueError: not all came in time, or the cluster does not say what is to be known.
+    ValueError: the cluster does not say what is to be known.
   """
   if where is None:
     return ALONE
+  # JAX's own timeout ends the process too, in many words.
+  late = threading.Timer(ARRIVE, _late, [where])
+  late.daemon = True
+  late.start()
   try:
     jax.distributed.initialize(
-      where.coordinator, where.processes, where.process, initialization_timeout=ARRIVE,
+      where.coordinator, where.processes, where.process, initialization_timeout=2 * ARRIVE,
       heartbeat_timeout_seconds=int(2 * where.heartbeat) + 10, shutdown_timeout_seconds=LEAVE,
     )
   except (RuntimeError, ValueError) as error:
     text = " ".join(str(error).split())
     raise ValueError(f"--coordinator={where.coordinator}, --processes={where.processes}, --process="
                      f"{where.process}: {text}") from error
+  finally:
+    late.cancel()
   store = distributed.global_state.client
   return Team(store, jax.process_index(), jax.process_count(), heartbeat=where.heartbeat)
