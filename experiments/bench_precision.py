@@ -33,13 +33,14 @@ from experiments import (
 )
 from experiments.settings import Setup
 from hybridlm.config import PRESETS
-from hybridlm.nn import mlp
+from hybridlm.nn import lm, mlp
+from hybridlm.nn.held import hold
 from hybridlm.train import step
 
 RESULT = pathlib.Path("docs", "results", "fp8.md")
 PRECISIONS = ("float32", "bfloat16", "fp8")
 SEEDS = 2
-TAIL = 50  # steps whose training loss is averaged at the end: one batch is noise
+TAIL = 0.25  # share of the tokens whose training loss is averaged, at the end: a batch is noise
 # Tokens of the step that is compiled for an H200.
 ROWS, LENGTH = 1, 8192
 
@@ -105,7 +106,14 @@ def _final(log: Mapping[str, Any]) -> float:
 
 
 def _tail(log: Mapping[str, Any]) -> float:
-  return statistics.fmean(point["ce"] for point in log["train"][-TAIL:])
+  """Returns the mean loss of the last tokens; each point is the mean since the one before it."""
+  points = log["train"]
+  last = [
+    (point["ce"], point["tokens"] - before["tokens"])
+    for before, point in itertools.pairwise(points)
+    if before["tokens"] >= (1 - TAIL) * points[-1]["tokens"]
+  ]
+  return sum(ce * tokens for ce, tokens in last) / sum(tokens for _, tokens in last)
 
 
 def _curve(name: str, log: Mapping[str, Any]) -> plots.Curve:
@@ -127,8 +135,8 @@ def curves_table(
     f"`{s.small.pattern}` of {hybridlm.config.parameters(s.small):,} parameters on text, "
     f"{run.steps} steps of {run.batch} × {c.data.length} tokens, {SEEDS} seeds; FP8 in {inside} of "
     f"{len(s.small.blocks)} blocks, the others and all that is no projection in bfloat16. Losses "
-    "are nats a token: validation at the last step, and the mean training loss of the last "
-    f"{TAIL} steps. Differences are seed by seed, with the smallest and the largest.", "",
+    f"are nats a token: validation at the last step, and the mean of the last {TAIL:.0%} of the "
+    "training tokens. Differences are seed by seed, with the smallest and the largest.", "",
     "| precision | validation | minus bfloat16 | training | minus bfloat16 | tokens/s |",
     "| --- | ---: | ---: | ---: | ---: | ---: |",
   ]
@@ -189,22 +197,54 @@ def program(*, quantize: str):
   return gradients, (shapes, x_BLD, x_BLD)
 
 
+def teacher_program(*, held: str, blocks: int):
+  """Returns `(fn, argument shapes)` of the forward pass of MLPs of the 8B with held weights."""
+  cfg = PRESETS["nemotron_h_8b"]
+  block = next(block for block in cfg.blocks if block.symbol == "-")
+  cfg = cfg.replace(blocks=(block,) * blocks, V=1024, dtype="bfloat16", held=held)
+  tree = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    hybridlm.config.shapes(cfg.replace(held="float32")), is_leaf=lambda v: isinstance(v, tuple),
+  )
+  token_BL = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+
+  def hidden(params, token_BL):
+    return lm.forward(cfg, params, token_BL, output="hidden")[0][0]
+
+  return hidden, (jax.eval_shape(lambda params: hold(cfg, params), tree), token_BL)
+
+
 def ahead_table() -> list[str]:
-  """Returns what the products of an MLP of the 8B are compiled to for an H200, by precision."""
+  """Returns what parts of the 8B are compiled to for an H200: products, and bytes of memory."""
   absent = ahead.missing("h200")
   if absent is not None:
     return [f"Not compiled for an H200: {absent}"]
-  names = ("none", "fp8")
-  jobs = [ahead.Job("experiments.bench_precision:program", {"quantize": name}) for name in names]
+  names, here = ("none", "fp8"), "experiments.bench_precision"
+  teachers = [(held, blocks) for held in precision.TEACHERS[1:] for blocks in (2, 6)]
+  jobs = [ahead.Job(f"{here}:program", {"quantize": name}) for name in names]
+  jobs += [
+    ahead.Job(f"{here}:teacher_program", {"held": held, "blocks": blocks})
+    for held, blocks in teachers
+  ]
+  reports = ahead.compile_jobs("h200", jobs)
+  for job, report in zip(jobs, reports, strict=True):
+    if "error" in report:
+      raise RuntimeError(f"{job.options} does not compile for an H200: {report['error']}")
   lines = [
     f"An MLP of the 8B, {ROWS} × {LENGTH} tokens, forward and backward, compiled for an H200:", "",
     "| quantize | products | temporaries, MiB |", "| --- | --- | ---: |",
   ]
-  for name, report in zip(names, ahead.compile_jobs("h200", jobs), strict=True):
-    if "error" in report:
-      raise RuntimeError(f"quantize={name!r} does not compile for an H200: {report['error']}")
+  for name, report in zip(names, reports, strict=False):
     products = ", ".join(f"{count} of {what}" for what, count in sorted(report["products"].items()))
     lines.append(f"| {name} | {products} | {math.ceil(report['temporaries'] / 2**20)} |")
+  lines += [
+    "", "Only the forward pass of such MLPs, as a teacher runs them: what is restored in full does "
+    "not grow with the blocks.", "",
+    "| weights | MLPs | arguments, MiB | temporaries, MiB |", "| --- | ---: | ---: | ---: |",
+  ]
+  for (held, blocks), report in zip(teachers, reports[len(names):], strict=True):
+    sizes = (math.ceil(report[key] / 2**20) for key in ("arguments", "temporaries"))
+    lines.append(f"| {held} | {blocks} | {' | '.join(map(str, sizes))} |")
   return lines
 
 

@@ -124,3 +124,17 @@ def test_an_h200_multiplies_projections_in_fp8_forward_and_backward():
   }
   assert wide["products"] == {"bf16 × bf16": 6}
   assert small["temporaries"] < wide["temporaries"]
+
+
+@pytest.mark.ahead
+def test_a_held_teacher_is_restored_a_block_at_a_time():
+  line = ahead.missing("h200")
+  if line is not None:
+    pytest.skip(line)
+  jobs = [
+    ahead.Job("experiments.bench_precision:teacher_program", {"held": "int8", "blocks": blocks})
+    for blocks in (2, 4)
+  ]
+  few, many = ahead.compile_jobs("h200", jobs)
+  assert many["temporaries"] < 1.05 * few["temporaries"]
+  assert many["arguments"] > 1.9 * few["arguments"]
