@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from hybridlm import lazy
@@ -153,5 +154,16 @@ def load_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     FileNotFoundError: the folder holds no model.
     ValueError: a file is damaged, or the parameters are not the config's tree.
   """
+  cfg, params = read_model(folder)
+  return cfg, jax.tree.map(jnp.asarray, params)
+
+
+def read_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+  """Returns what `load_model` does in the host's memory, for what lays it out on many devices.
+
+  Raises:
+    FileNotFoundError: the folder holds no model.
+    ValueError: a file is damaged, or the parameters are not the config's tree.
+  """
   cfg, leaves = native.open(folder / MODEL)
-  return cfg, lazy.tree({path: jnp.asarray(leaf.read()) for path, leaf in leaves.items()})
+  return cfg, lazy.tree({path: leaf.read() for path, leaf in leaves.items()})

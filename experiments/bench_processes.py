@@ -3,8 +3,8 @@
 python -m experiments.bench_processes [--out=docs/results/processes.md]
 
 Eight devices of one CPU. Ten steps of distillation in float64 (the models and rows of
-`bench_meshes`, fewer blocks) by AdamW, on meshes that divide rows, parameters, heads and positions between
-processes; then the whole toy job, from text to report, in float32.
+`bench_meshes`, fewer blocks) by AdamW, on meshes that divide rows, parameters, heads and positions
+between processes; then the whole toy job, from text to report, in float32.
 """
 
 import os

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -26,7 +27,10 @@ HEARTBEAT = 60.0  # seconds
 MISTAKE, FAILED, LOST = 2, 1, 75  # exit codes; 75 asks to be tried again (sysexits.h)
 AUTO = "auto"
 # Seconds: for all to come at the start, to leave at the end, and to hear why another has failed.
-ARRIVE, LEAVE, GRACE = 300, 60, 10.0
+ARRIVE, LEAVE, GRACE = 300, 60, 5.0
+# What is said, in errors of several types, by computations and calls that another process left.
+ALONE_AGAIN = re.compile(
+  r"gloo|nccl|connection (reset|closed|refused)|UNAVAILABLE|coordination service|heartbeat", re.I)
 _DAY = 24 * 60 * 60 * 1000
 # Who counts the processes of a job, and what it calls the count and the number of each.
 LAUNCHERS: Mapping[str, tuple[str, str]] = {
@@ -218,11 +222,14 @@ class Team:
     text = " ".join(str(error).split())
     if isinstance(error, mistakes.TYPES) and mistakes.is_mistake(error):
       return text, MISTAKE
-    if isinstance(error, jax.errors.JaxRuntimeError):
-      # Another may have ended, and said why: then the thread that listens ends this process.
-      time.sleep(GRACE)
-    return (f"process {self.index} of {self.count} failed: {type(error).__name__}: {text[:300]}; "
-            "the same command goes on from what is saved"), FAILED
+    line = (f"process {self.index} of {self.count} failed: {type(error).__name__}: {text[:300]}; "
+            "the same command goes on from what is saved")
+    if not ALONE_AGAIN.search(text):
+      return line, FAILED
+    # Another has ended, and its signs of life too: the thread that listens will say so, and end
+    # this process.
+    time.sleep(1.5 * self._heartbeat + GRACE)
+    return line, LOST
 
   def _end(self, line: str, code: int) -> None:
     """Ends this process at once, whatever it is in the middle of, with one line."""

@@ -274,6 +274,7 @@ def run(
         needs = {need: folders[need] for need in status.stage.needs}
         _run_one(status, needs, journal, say, team)
         folders[status.stage.name] = status.folder
+      team.share()  # until here the others have waited
     except mistakes.TYPES as error:
       if mistakes.is_mistake(error) and not isinstance(error, FloatingPointError):
         journal.undo()
@@ -350,6 +351,7 @@ def _follow(blanks: Sequence[Status], team: processes.Team) -> None:
       _see(folder / "done.json", lambda path: _content(path.parent), record["made"][need])
     blank.stage.run(blank.partial, inputs)
     team.meet()
+  team.share()
 
 
 def _see(path: pathlib.Path, read: Callable[[pathlib.Path], Any], wanted: Any) -> None:

@@ -68,7 +68,7 @@ def write(s: Setup, name: str) -> Stage:
   check(s)
 
   def fill(folder: pathlib.Path, inputs: Inputs) -> None:
-    cfg, params = precision.teacher(*artefacts.load_model(inputs["teacher"]), s.c.distil)
+    cfg, params = precision.teacher(*artefacts.read_model(inputs["teacher"]), s.c.distil)
     cfg = cfg.replace(layout=s.c.mesh.teacher_layout or s.c.mesh.layout)
     teacher = together.first(lambda: weights(inputs["teacher"]))
     _Writer(s, folder, key(s, teacher), _teacher(s, cfg, params)).run()

@@ -79,7 +79,7 @@ def correct(s: Setup) -> Stage | None:
   seed = s.c.seed + 2  # rows in another order than the teacher and the student see them
 
   def fit(folder: pathlib.Path, inputs: Inputs) -> None:
-    cfg, params = artefacts.load_model(inputs["teacher"])
+    cfg, params = artefacts.read_model(inputs["teacher"])
     like = inputs["teacher"] / exchange.LIKE
     if like.is_dir():  # it stands in for the teacher, with all that lies beside it
       shutil.copytree(like, folder / exchange.LIKE, dirs_exist_ok=True)
@@ -108,7 +108,7 @@ def distil(s: Setup, plans: Sequence[str] = ("plan",)) -> Stage:
   read = losses.plans(run, plans)
 
   def learn(folder: pathlib.Path, inputs: Inputs) -> None:
-    cfg, params = artefacts.load_model(inputs["cut"])
+    cfg, params = artefacts.read_model(inputs["cut"])
     student = precision.student(cfg, run).replace(layout=s.c.mesh.layout)
     made = training.Recipe(
       cfg=cfg, params=float32(params), loss_fn=None, frozen=None,
@@ -116,7 +116,7 @@ def distil(s: Setup, plans: Sequence[str] = ("plan",)) -> Stage:
       like=inputs["teacher"] / exchange.LIKE, computes=student,
     )
     if found is None:
-      teacher_cfg, held = precision.teacher(*artefacts.load_model(inputs["teacher"]), run)
+      teacher_cfg, held = precision.teacher(*artefacts.read_model(inputs["teacher"]), run)
       teacher_cfg = teacher_cfg.replace(layout=s.c.mesh.teacher_layout or s.c.mesh.layout)
       made = made._replace(
         loss_fn=losses.online(student, teacher_cfg, run, [inputs[name] for name in read]),
@@ -151,7 +151,7 @@ def scratch(s: Setup, *, goes_on: bool = False) -> Stage | None:
 
   def learn(folder: pathlib.Path, inputs: Inputs) -> None:
     if goes_on:
-      cfg, params = artefacts.load_model(inputs["before"])
+      cfg, params = artefacts.read_model(inputs["before"])
     else:
       cfg = artefacts.load_model_config(inputs["cut"]) if needs else s.small
       params = hybridlm.init(cfg, seed=s.c.seed + 1)

@@ -1,5 +1,6 @@
 """Devices as a named grid, and where each leaf and batch lies on it, read from axis letters."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,6 +97,7 @@ def own(mesh: Mesh) -> Mesh:
   return jax.make_mesh(shape, mesh.axis_names, axis_types=kinds, devices=devices)
 
 
+@functools.lru_cache
 def row_share(mesh: Mesh) -> tuple[int, int]:
   """Returns which share of a batch this process reads, and how many shares there are.
 

@@ -149,6 +149,7 @@ def engine(workdir, ran, *, wrong=None):
   def job(team):
     def stage(name, needs=(), **how):
       def run(folder, inputs):
+        time.sleep(0.1 * (name == "three"))
         ran.append((name, team.index, folder, dict(inputs)))
         if name == wrong:
           raise ValueError("this cannot be")
@@ -158,7 +159,10 @@ def engine(workdir, ran, *, wrong=None):
 
     made = [stage("one"), stage("two", ("one",), together=True), stage("three", ("two",))]
     where = workdir if isinstance(workdir, pathlib.Path) else workdir[team.index]
-    return stages.run(made, where, owner={"config": "c", "file": "f"}, say=ran.append, team=team)
+    owner = {"config": "c", "file": "f"}
+    folders = stages.run(made, where, owner=owner, say=ran.append, team=team)
+    ran.append(f"process {team.index} is through")
+    return folders
   return job
 
 
@@ -166,11 +170,13 @@ def test_all_run_a_stage_that_is_for_all_and_process_0_alone_the_others(tmp_path
   ran = []
   first, second = on_all(engine(tmp_path / "job", ran))
   assert set(first) == {"one", "two", "three"} and second == {}
-  calls = [(name, index) for name, index, *_ in (each for each in ran if type(each) is tuple)]
-  assert sorted(calls) == [("one", 0), ("three", 0), ("two", 0), ("two", 1)]
+  calls = [each if isinstance(each, str) else each[:2] for each in ran]
+  assert sorted(each for each in calls if isinstance(each, tuple)) == [
+    ("one", 0), ("three", 0), ("two", 0), ("two", 1)]
   mine, theirs = ((folder, inputs) for name, _, folder, inputs in
                   (each for each in ran if type(each) is tuple) if name == "two")
   assert mine == theirs == (tmp_path / "job" / "two.partial", {"one": tmp_path / "job" / "one"})
+  assert calls.index(("three", 0)) < calls.index("process 1 is through")
   ran.clear()
   on_all(engine(tmp_path / "job", ran))  # all is done already
   assert [each for each in ran if type(each) is tuple] == []
