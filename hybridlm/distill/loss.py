@@ -226,6 +226,8 @@ def _columns(head_DV, teacher_head_DV, real: int) -> int:
 def _fitted(array: jax.Array, columns: int) -> jax.Array:
   """Returns an array [.., V] with so many columns: padding goes or comes."""
   short = columns - array.shape[-1]
-  if short <= 0:
+  if short == 0:
+    return array
+  if short < 0:
     return array[..., :columns]
   return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, short)])
