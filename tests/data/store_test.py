@@ -158,6 +158,18 @@ def test_a_flipped_byte_is_told_by_row_and_file(corpus, tmp_path, place):
   opened.verify(0, 2)  # the other process's share has none
 
 
+def test_a_record_is_whole_and_that_of_its_row_or_refused():
+  row = store.row_hash(np.arange(L), np.ones(L))
+  record = store.pack(top(3), row=row, number=3, V=V, dtype="float32")
+  known = {"key": KEY, "dtype": "float32", "place": "here"}
+  found, values = store.unpack(record, number=3, **known)
+  assert found == row and all(map(np.array_equal, values, top(3)))
+  flipped = bytes([*record[:40], record[40] ^ 1, *record[41:]])
+  for each, number in ((record, 4), (flipped, 3), (record[:-1], 3)):
+    with pytest.raises(ValueError, match=f"here: the record of row {number} is damaged"):
+      store.unpack(each, number=number, **known)
+
+
 def test_files_cut_off_and_missing_ones_are_told_on_opening(corpus, tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no store.json: it is none, or unfinished"):
     store.Store(tmp_path)
