@@ -84,7 +84,7 @@ def run(
   _check(plan)
   if workdir is not None:
     plan = plan._replace(workdir=pathlib.Path(together.first(lambda: str(plan.workdir))))
-  states.check_apart(state, frozen)
+  together.check(_error(lambda: states.check_apart(state, frozen)))
   like = jax.tree.map(_shape, state)
   leg = _resume(state, data, plan)
   if int(leg.state.step) == steps:
@@ -178,6 +178,15 @@ def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
+def _error(check: Callable[[], None]) -> ValueError | None:
+  """Returns what a check raises in this process."""
+  try:
+    check()
+  except ValueError as error:
+    return error
+  return None
+
+
 def _saver(plan: _Plan):
   if plan.workdir is None:
     return contextlib.nullcontext()
@@ -269,7 +278,7 @@ def _train(job: _Job, leg: _Leg) -> tuple[states.TrainState, list[metrics.Record
         state, result = _advance(job, state, number, stopwatch, *more)
       clock += trace.done(number, result.metrics)
       waiting.append(result)
-      stopping = job.stop.asked(number)
+      stopping = job.stop.asked()
       if not plan.looks(number) and not stopping:
         continue
       fresh = waiting[0].number == done + 1
@@ -281,7 +290,7 @@ def _train(job: _Job, leg: _Leg) -> tuple[states.TrainState, list[metrics.Record
         saved = _save(job, state, memory, wait=stopping or number == plan.steps)
         history = history + metrics.write(sinks, [saved])
       if stopping:
-        raise stop.Stopped(f"SIGTERM: step {number} is saved in {plan.folder}")
+        raise stop.saved(number, plan.folder)
       waiting, clock = [], time.perf_counter()
   return state, history
 

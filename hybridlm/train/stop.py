@@ -1,10 +1,13 @@
 """SIGTERM: a run that is asked to end saves where it stands and ends with code 143."""
 
+import itertools
+import pathlib
 import signal
 import threading
 from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
 CODE = 128 + signal.SIGTERM
@@ -21,14 +24,26 @@ class Stopped(SystemExit):
     return self.text
 
 
+def saved(step: int, folder: pathlib.Path) -> Stopped:
+  """Returns how a run ends that has saved a step; logs it, for an exit code says nothing."""
+  text = f"SIGTERM: step {step} is saved in {folder}; the same command goes on from there"
+  if jax.process_count() == 1:
+    logging.warning(text)
+  return Stopped(text)
+
+
 class Stop:
   """Notes, while the context lasts, that the process was asked to end.
 
   Of several processes each may be asked at another moment: they agree on a step that none has
-  passed, through the service that JAX starts with `jax.distributed`; that watches the signal then.
+  passed, through the service that JAX starts with `jax.distributed`; that watches the signal then,
+  from its start on, and a signal between two runs ends the next one at its first step.
   Only a main thread can note signals: in another one nothing is noted and the signal ends the
   process as ever.
   """
+
+  # The service counts for the whole life of a process, in which steps may be made again.
+  _calls = itertools.count(1)
 
   def __init__(self, wanted: bool = True):
     main = threading.current_thread() is threading.main_thread()
@@ -48,8 +63,10 @@ class Stop:
   def _note(self, *_: Any) -> None:
     self._asked = True
 
-  def asked(self, number: int) -> bool:
-    """Returns whether step `number` is the last one to make; called after every step."""
+  def asked(self) -> bool:
+    """Returns whether the step just made is the last one; called after every step."""
     if not self._wanted:
       return False
-    return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(number)
+    if self._alone:
+      return self._asked
+    return multihost_utils.reached_preemption_sync_point(next(Stop._calls))
