@@ -159,7 +159,7 @@ def test_a_flipped_byte_is_told_by_row_and_file(corpus, tmp_path, place):
 
 
 def test_a_record_is_whole_and_that_of_its_row_or_refused():
-  row = store.row_hash(np.arange(L), np.ones(L))
+  row = store.row_hash(np.arange(L), np.ones(L, np.int32))
   record = store.pack(top(3), row=row, number=3, V=V, dtype="float32")
   known = {"key": KEY, "dtype": "float32", "place": "here"}
   found, values = store.unpack(record, number=3, **known)
