@@ -245,6 +245,21 @@ def test_a_process_without_a_sign_of_life_ends_all(ends):
   assert line.startswith("process 2 of 3 gave no sign of life for 0.5 s")
 
 
+@pytest.mark.parametrize("error, code", [
+  (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), processes.LOST),
+  (RuntimeError("UNAVAILABLE: the coordination service cannot be reached"), processes.LOST),
+  (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), processes.FAILED),
+])
+def test_what_another_left_alone_is_to_be_tried_again_and_a_bug_is_not(ends, monkeypatch, error,
+                                                                       code):
+  found, ended = ends
+  monkeypatch.setattr(processes, "GRACE", 0.0)
+  with pytest.raises(ended):
+    processes.Team(Store(2), 1, 2, heartbeat=0.01).__exit__(type(error), error, None)
+  (_, line, ended_with), = found
+  assert ended_with == code and line.startswith(f"process 1 of 2 failed: {type(error).__name__}")
+
+
 def start(place, count, *argv):
   """Starts the teacher's pretraining on so many processes of one device each."""
   with socket.socket() as free:
