@@ -130,8 +130,9 @@ def measured(made: Pair, folder: pathlib.Path, turns: int, count: int) -> list[s
     name: functools.partial(roofline.timed, call) for name, call in turned.calls.items()}
   found = {
     name: statistics.median(spent) for name, spent in roofline.take_turns(calls, turns).items()}
-  largest = traced(turned, folder)
-  split = looped(made, turned.program, optimizer, frozen, count)
+  largest, program = traced(turned, folder), turned.program
+  del turned, calls  # the state they train
+  split = looped(made, program, optimizer, frozen, count)
   return [*sizes(made, batch), "", *verdict(found, split), "",
           *speed(made, batch, found["distillation"]), "", *largest]
 
@@ -161,8 +162,11 @@ def traced(turned: Steps, folder: pathlib.Path) -> list[str]:
     for _ in range(TRACED):
       jax.block_until_ready(turned.calls["distillation"]())
   (path,) = (folder / "trace").rglob("*.xplane.pb")
-  rows = [[place, f"{share:.1%}"] for place, share in
-          costs.largest(path, turned.program.as_text(), 3)]
+  try:
+    found = costs.largest(path, turned.program.as_text(), 3)
+  except ValueError as error:  # what was measured until here is worth printing
+    return [str(error)]
+  rows = [[place, f"{share:.1%}"] for place, share in found]
   return ["The largest costs, of the time the device computes; forward: of both models.", "",
           report.table(["where", "share"], rows)]
 

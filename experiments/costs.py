@@ -79,8 +79,9 @@ def seconds(trace: pathlib.Path, text: str) -> Counter:
     text: the program that ran while it was written; other programs in the trace are left out.
   """
   known, module = sources(text), text.split(None, 2)[1].rstrip(",")
-  spent: Counter = Counter()
+  spent: dict[bool, Counter] = {True: Counter(), False: Counter()}
   for plane in ProfileData.from_file(str(trace)).planes:
+    found = spent[plane.name.startswith("/device:")]
     for line in plane.lines:
       for event in line.events:
         stats = dict(event.stats)
@@ -89,8 +90,9 @@ def seconds(trace: pathlib.Path, text: str) -> Counter:
           continue
         source = known.get(operation, Source("", ELSEWHERE))
         if source.opcode not in CONTAINERS:
-          spent[source.place] += 1e-9 * event.duration_ns
-  return spent
+          found[source.place] += 1e-9 * event.duration_ns
+  # Of a CPU the host's threads are the device; else they only say when an operation was started.
+  return spent[True] or spent[False]
 
 
 def largest(trace: pathlib.Path, text: str, count: int) -> list[tuple[str, float]]:
