@@ -182,6 +182,50 @@ def rules() -> ml_collections.ConfigDict:
   return c
 
 
+def distil() -> ml_collections.ConfigDict:
+  """Distillation: a run of the loop, and what the student is compared with."""
+  c = training(steps=400, peak=2e-3)
+  c.temperature = 1.0
+  c.kl = 1.0
+  c.ce = 0.0
+  # Of the student from the teacher: "forward_kl", "reverse_kl", "jensen_shannon", or "skewed_kl",
+  # against a mixture with this share of the teacher.
+  c.divergence = "forward_kl"
+  c.skew = 0.1
+  c.top_k = 0  # of the teacher's tokens, and one bucket for the rest; 0: all
+  # What else is compared, block by block: "out", the stream after a block, "mix", what it adds,
+  # "state", an SSM's last. By "cosine", "mse" or "normalized_mse". Weight unset: as large as kl's.
+  c.intermediate = ()
+  c.intermediate_loss = "cosine"
+  c.intermediate_weight = config_dict.placeholder(float)
+  # What the student is trained in: "float32", "bfloat16" or "fp8" (its projections; the rest, and
+  # so many blocks at either end, in bfloat16); "": as model.dtype says.
+  c.precision = ""
+  c.wide_ends = 4
+  # What the teacher's weights are held in: "bfloat16", "int8", "fp8"; "": as they were saved.
+  c.teacher_precision = ""
+  # A folder that `experiments.teacher` wrote: its tokens and probabilities stand for the teacher.
+  c.store = ""
+  # Several runs, each from where the last one ended: ({"steps": 100, "length": 8192}, {"steps": 50,
+  # "length": 49152, "batch": 2, "phases": (..)}). What one does not say is as above; () is one run.
+  c.stages = ()
+  return c
+
+
+def mesh() -> ml_collections.ConfigDict:
+  """The devices as a grid, and what lies where on it."""
+  c = ml_collections.ConfigDict()
+  c.data = config_dict.placeholder(int)  # devices along the batch; unset: all that are left
+  c.fsdp = 1  # devices along the batch and, of parameters and moments, along D
+  c.tensor = 1  # devices along G, K, F and V; along H and J where they do not divide G and K
+  c.sequence = 1  # devices along positions
+  # Where a model that is trained lies on it, and its teacher ("": the same): "sharded", "copied"
+  # (parameters whole along fsdp) or "rows" (tensor holds rows too), see hybridlm/layout.py.
+  c.layout = "sharded"
+  c.teacher_layout = ""
+  return c
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns the tree of defaults."""
   c = ml_collections.ConfigDict()
@@ -224,31 +268,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.correct = training(steps=100, peak=6e-4)
   c.correct.run = "none"
 
-  c.distil = training(steps=400, peak=2e-3)
-  c.distil.temperature = 1.0
-  c.distil.kl = 1.0
-  c.distil.ce = 0.0
-  # Of the student from the teacher: "forward_kl", "reverse_kl", "jensen_shannon", or "skewed_kl",
-  # against a mixture with this share of the teacher.
-  c.distil.divergence = "forward_kl"
-  c.distil.skew = 0.1
-  c.distil.top_k = 0  # of the teacher's tokens, and one bucket for the rest; 0: all
-  # What else is compared, block by block: "out", the stream after a block, "mix", what it adds,
-  # "state", an SSM's last. By "cosine", "mse" or "normalized_mse". Weight unset: as large as kl's.
-  c.distil.intermediate = ()
-  c.distil.intermediate_loss = "cosine"
-  c.distil.intermediate_weight = config_dict.placeholder(float)
-  # What the student is trained in: "float32", "bfloat16" or "fp8" (its projections; the rest, and
-  # so many blocks at either end, in bfloat16); "": as model.dtype says.
-  c.distil.precision = ""
-  c.distil.wide_ends = 4
-  # What the teacher's weights are held in: "bfloat16", "int8", "fp8"; "": as they were saved.
-  c.distil.teacher_precision = ""
-  # A folder that `experiments.teacher` wrote: its tokens and probabilities stand for the teacher.
-  c.distil.store = ""
-  # Several runs, each from where the last one ended: ({"steps": 100, "length": 8192}, {"steps": 50,
-  # "length": 49152, "batch": 2, "phases": (..)}). What one does not say is as above; () is one run.
-  c.distil.stages = ()
+  c.distil = distil()
   # How `experiments.teacher` keeps log-probabilities: "float16", or exactly, "float32".
   c.store = ml_collections.ConfigDict({"dtype": "float16", "file_mib": 256})
 
@@ -283,13 +303,5 @@ def get_config() -> ml_collections.ConfigDict:
   c.tokenizer.V = 4096
   c.tokenizer.path = "tokenizer.json"
 
-  c.mesh = ml_collections.ConfigDict()
-  c.mesh.data = config_dict.placeholder(int)  # devices along the batch; unset: all that are left
-  c.mesh.fsdp = 1  # devices along the batch and, of parameters and moments, along D
-  c.mesh.tensor = 1  # devices along G, K, F and V; along H and J where they do not divide G and K
-  c.mesh.sequence = 1  # devices along positions
-  # Where a model that is trained lies on it, and its teacher ("": the same): "sharded", "copied"
-  # (parameters whole along fsdp) or "rows" (tensor holds rows too), see hybridlm/layout.py.
-  c.mesh.layout = "sharded"
-  c.mesh.teacher_layout = ""
+  c.mesh = mesh()
   return c
