@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from experiments import artefacts, journal, mistakes, stages
-from hybridlm.train import loop
+from hybridlm.train import look, loop
 
 OWNER = {"config": "line", "file": "configs/line.py"}
 
@@ -231,7 +231,7 @@ def test_what_was_resumed_before_a_mistake_can_be_resumed_again(line):
 def test_a_run_that_diverged_keeps_its_folder_and_the_stages_before_it(line):
   def diverge(folder):
     (folder / "metrics").write_text("nan")
-    loop._validation(lambda params: {"ce": float("nan")}, None, 3)
+    look.validation(lambda params: {"ce": float("nan")}, None, 3)
 
   line.run()
   with pytest.raises(loop.NotFinite):
