@@ -131,7 +131,8 @@ def text(given: Mapping[str, Any], report: Mapping[str, Any]) -> str:
   lines.append(f"at the chips' peaks: {bound}; at most "
                f"{tokens(given) / max(limits.values()):,.0f} tokens/s")
   if "compile_seconds" in report:
-    lines.append(f"compiled in {report['compile_seconds']:.0f} s ({report['compile_cpu']:.0f} s of "
+    what = "memory laid out" if given["until"] == "memory" else "compiled"
+    lines.append(f"{what} in {report['compile_seconds']:.0f} s ({report['compile_cpu']:.0f} s of "
                  f"one core), traced in {report['trace_seconds']:.0f} s")
   return "\n".join(lines)
 

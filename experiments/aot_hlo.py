@@ -28,6 +28,7 @@ CALLS = re.compile(r"(?P<how>body|calls|to_apply|branch_computations)=(?P<to>\{[
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<n>\d+)"\}')
 LISTED = re.compile(r"replica_groups=\{\{(?P<first>[\d,]*)\}")
 IOTA = re.compile(r"replica_groups=\[(?P<groups>\d+),(?P<each>\d+)\]")
+MEMORY = re.compile(r"Memory Space: (?P<name>\w+).*\nTotal bytes: (?P<bytes>\d+)")
 SCATTERED = "all-reduce-scatter"  # how a TPU names a fusion that leaves each device its part
 
 
@@ -119,6 +120,18 @@ def _ordered(entry: str, calls: Mapping[str, Sequence[tuple[str, int]]]) -> list
       stack.append((name, True))
       stack += [(other, False) for other, _ in calls.get(name, ())]
   return order[::-1]
+
+
+def memories(report: str) -> dict[str, int]:
+  """Returns memory -> bytes that a program uses of it, of a TPU compiler's own report.
+
+  Raises:
+    ValueError: it has none of the default memory.
+  """
+  found = {match["name"]: int(match["bytes"]) for match in MEMORY.finditer(report)}
+  if "default" not in found:
+    raise ValueError("the compiler reported no bytes of the default memory")
+  return found
 
 
 def flops(jaxpr: Any) -> float:

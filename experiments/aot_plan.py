@@ -19,6 +19,9 @@ NAME = re.compile(r"(?P<chip>\w+):(?P<shape>\d+(?:x\d+)*)")
 DIMENSIONS = {"v5e": (2,), "v6e": (2,), "v5p": (3,), "h200": (1, 2)}
 
 
+UNTIL = ("", "memory")
+
+
 class Slice(NamedTuple):
   """Devices of one kind: `v5p:4x4x4` are 64 chips in a cube, `h200:2x8` two hosts of eight."""
 
@@ -93,16 +96,22 @@ def models(c: ConfigDict) -> tuple[ModelConfig, ModelConfig]:
   return select.sized(teacher, wanted), teacher
 
 
-def order(c: ConfigDict, name: str) -> dict[str, Any]:
+def order(c: ConfigDict, asked: str) -> dict[str, Any]:
   """Returns what the compiling process is told, as plain values.
 
+  `asked`: a slice; `@memory` after it leaves out machine code, most of what a TPU's compiler does.
   Of several runs of a distillation it is what they share. Intermediate activations are not compared
   yet: what is kept of them is for a plan to say.
 
   Raises:
     ValueError: a slice, a mesh or models that cannot be, or rows that do not divide.
   """
+  name, _, until = asked.partition("@")
+  if until not in UNTIL:
+    raise ValueError(f"--aot={asked}: after @ comes {' or '.join(filter(None, UNTIL))}")
   chips, run = slice_of(name), c.distil
+  if until and TARGETS[chips.chip].platform != "tpu":
+    raise ValueError(f"--aot={asked}: only compilers of TPUs say what is in memory before the end")
   if run.store:
     raise ValueError(f"distil.store={run.store!r}: a step is compiled with its teacher at hand; "
                      "leave it empty")
@@ -120,7 +129,8 @@ def order(c: ConfigDict, name: str) -> dict[str, Any]:
       f"mesh.data × mesh.fsdp={rows}")
   published = c.teacher.path or c.model.preset  # their weights come in the compute dtype
   return {
-    "slice": name, "mesh": along, "student": student.to_dict(), "teacher": teacher.to_dict(),
+    "slice": name, "until": until or "program", "mesh": along,
+    "student": student.to_dict(), "teacher": teacher.to_dict(),
     "teacher_dtype": teacher.dtype if published else "float32", "run": settings.plain(run),
     "length": c.data.length,
   }
