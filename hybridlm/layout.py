@@ -41,7 +41,8 @@ LAYOUTS: Mapping[str, Layout] = {
   "sharded": Layout({**_TENSOR, "D": "fsdp"}, {**_ROWS, **_TENSOR}),
   # Parameters whole along `fsdp`: nothing to gather, for models that are only read.
   "copied": Layout(dict(_TENSOR), {**_ROWS, **_TENSOR}),
-  # Devices of `tensor` hold rows of their own too, and parameters are gathered where they are used.
+  # Devices of `tensor` hold rows of their own too, and parameters are gathered where they are used;
+  # a loss that divides the vocabulary over `tensor` moves the head once more.
   "rows": Layout(
     {"D": ("fsdp", "tensor")}, {"B": ("data", "fsdp", "tensor"), "L": "sequence"}
   ),

@@ -1,5 +1,7 @@
 """A config with a value that no run can use is refused before anything runs, under its key."""
 
+import math
+
 import jax
 import pytest
 
@@ -140,6 +142,22 @@ def test_where_tokens_stand_for_many_bytes_the_split_is_counted_in_tokens(tmp_pa
   checks.sequence(found, "main", "train", count)
   with pytest.raises(ValueError, match=f"has {count} tokens"):
     checks.sequence(found, "main", "train", count + 1)
+
+
+@pytest.mark.parametrize("sizes,layout,message", [
+  ({"data": 2, "sequence": 3}, "sharded", "data.length=32 is not a multiple of mesh.sequence=3"),
+  ({"fsdp": 2, "tensor": 3}, "rows", "teacher.batch=2 is not .*mesh.fsdp × mesh.tensor=6"),
+  ({"data": 2}, "row", "mesh.layout='row' is not one of sharded, copied, rows"),
+])
+def test_rows_and_positions_that_a_mesh_or_a_layout_cannot_divide_are_refused(
+  sizes, layout, message
+):
+  c = quickstart_toy.get_config()
+  c.mesh.layout = layout
+  count = math.prod(sizes.values())
+  place = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count])
+  with pytest.raises(ValueError, match=message):
+    checks.values(c, place)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path):
