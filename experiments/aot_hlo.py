@@ -3,8 +3,8 @@
 import collections
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 BYTES = {
   "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
@@ -29,73 +29,121 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<n>\d+)"\}')
 LISTED = re.compile(r"replica_groups=\{\{(?P<first>[\d,]*)\}")
 IOTA = re.compile(r"replica_groups=\[(?P<groups>\d+),(?P<each>\d+)\]")
 MEMORY = re.compile(r"Memory Space: (?P<name>\w+).*\nTotal bytes: (?P<bytes>\d+)")
+NAMED = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\] ?\{(?P<used>[^}]*)\}")
+AXIS = re.compile(r"'(?P<name>\w+)'=(?P<size>\d+)")
+USED = re.compile(r"'(?P<name>\w+)'(?::\(\d+\)(?P<part>\d+))?")
+CHANNEL = re.compile(r"channel_id=(?P<id>\d+)")
+CONDITION = re.compile(r"condition=%?(?P<name>[\w.\-]+)")
+CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((?P<n>\d+)\)")
 SCATTERED = "all-reduce-scatter"  # how a TPU names a fusion that leaves each device its part
+
+
+class Sent(NamedTuple):
+  """One collective: its kind, its channel (an operation in several pieces has one), its bytes."""
+
+  kind: str
+  channel: str
+  size: float
+
+
+class Computation(NamedTuple):
+  """One function of a program: what it sends, whom it calls how often, whole numbers it holds.
+
+  A call's number of turns is the name of the loop's condition where nothing else says it.
+  """
+
+  sent: list[Sent]
+  calls: list[tuple[str, int | str]]
+  constants: list[int]
 
 
 def collectives(hlo: str, devices: int) -> dict[str, float]:
   """Returns kind -> bytes that one device sends in a run of the program.
 
-  A loop whose number of turns the compiler does not know counts once.
+  A loop turns as often as the compiler says, or else up to the number its condition compares with.
 
   Args:
     hlo: the text of the compiled program.
     devices: of the program; a collective without groups is among all of them.
   """
-  own, calls, entry = _computations(hlo, devices)
+  found, entry = _computations(hlo, devices)
   times: collections.Counter[str] = collections.Counter({entry: 1})
-  for name in _ordered(entry, calls):
-    for other, turns in calls.get(name, ()):
-      times[other] += times[name] * turns
+  for name in _ordered(entry, {key: each.calls for key, each in found.items()}):
+    for other, turns in found[name].calls if name in found else ():
+      times[other] += times[name] * (_limit(found, turns) if isinstance(turns, str) else turns)
+  once: dict[tuple[str, str], float] = {}
+  for name, each in found.items():
+    for number, sent in enumerate(each.sent):
+      key = (sent.kind, sent.channel or f"{name} {number}")
+      once[key] = max(once.get(key, 0.0), times[name] * sent.size)
   total: collections.Counter[str] = collections.Counter()
-  for name, sent in own.items():
-    for kind, size in sent:
-      total[kind] += times[name] * size
+  for (kind, _), size in once.items():
+    total[kind] += size
   return {kind: size for kind, size in sorted(total.items()) if size}
 
 
-def _computations(hlo: str, devices: int):
-  """Returns what each computation sends, whom it calls how often, and the entry's name."""
-  own: dict[str, list[tuple[str, float]]] = {}
-  calls: dict[str, list[tuple[str, int]]] = {}
-  name, entry = "", ""
+def _limit(found: Mapping[str, Computation], condition: str) -> int:
+  """Returns the largest whole number in a loop's condition: the turns of a loop from 0."""
+  own = found.get(condition, Computation([], [], []))
+  inner = [_limit(found, other) for other, _ in own.calls]
+  return max([1, *own.constants, *inner])
+
+
+def _computations(hlo: str, devices: int) -> tuple[dict[str, Computation], str]:
+  """Returns the functions of a program by name, and the name of the one that is run."""
+  found: dict[str, Computation] = {}
+  own, entry = Computation([], [], []), ""
   for line in hlo.splitlines():
     if not line.startswith(" "):
       match = HEAD.match(line)
       if match:
-        name = match["name"]
-        own[name], calls[name] = [], []
+        name, own = match["name"], Computation([], [], [])
+        found[name] = own
         entry = name if line.startswith("ENTRY") else entry
       continue
+    if match := CONSTANT.search(line):
+      own.constants.append(int(match["n"]))
     if match := OP.match(line):
-      own[name].append(_sent(match, line, name, devices))
+      own.sent.append(_sent(match, line, name, devices))
     if "=" in line and CALLS.search(line):
-      trips = TRIPS.search(line)
-      turns = int(trips["n"]) if trips and " while(" in line else 1
-      for match in CALLS.finditer(line):
-        targets = match["to"].strip("{}").split(",")
-        calls[name] += [(target.strip(" %"), turns) for target in targets]
+      own.calls.extend(_calls(line))
   if not entry:
     raise ValueError("the compiler printed no entry of the program")
-  return own, calls, entry
+  return found, entry
 
 
-def _sent(match: re.Match, line: str, name: str, devices: int) -> tuple[str, float]:
-  """Returns the kind of a collective and the bytes that a device sends for it."""
+def _calls(line: str) -> Iterator[tuple[str, int | str]]:
+  trips, condition = TRIPS.search(line), CONDITION.search(line)
+  turns: int | str = 1
+  if " while(" in line:
+    turns = int(trips["n"]) if trips else condition["name"] if condition else 1
+  for match in CALLS.finditer(line):
+    for target in match["to"].strip("{}").split(","):
+      yield target.strip(" %"), turns
+
+
+def _sent(match: re.Match, line: str, name: str, devices: int) -> Sent:
+  """Returns a collective with the bytes that a device sends for it."""
   kind = match["op"]
   if kind == "all-reduce" and SCATTERED in name:
     kind = "reduce-scatter"
   results = [_bytes(m) for m in SHAPE.finditer(match["result"])]
-  among = _among(line, devices)
+  among, channel = _among(line, devices), CHANNEL.search(line)
   # The result of a start has the operand beside it; a tuple of several results is all of them.
   size = max(results, default=0) if match["start"] else sum(results)
   if kind == "reduce-scatter" and match["op"] == kind:
     size *= 1 if match["start"] else among
-  return kind, size * SENT[kind](among)
+  return Sent(kind, channel["id"] if channel else "", size * SENT[kind](among))
 
 
 def _among(line: str, devices: int) -> int:
+  """Returns how many devices a collective is among."""
   if match := IOTA.search(line):
     return int(match["each"])
+  if match := NAMED.search(line):
+    sizes = {m["name"]: int(m["size"]) for m in AXIS.finditer(match["mesh"])}
+    used = USED.finditer(match["used"])
+    return math.prod(int(m["part"]) if m["part"] else sizes[m["name"]] for m in used)
   match = LISTED.search(line)
   return len(match["first"].split(",")) if match and match["first"] else devices
 
@@ -106,7 +154,7 @@ def _bytes(match: re.Match) -> int:
   return BYTES[match["kind"]] * math.prod(int(size) for size in match["sizes"].split(",") if size)
 
 
-def _ordered(entry: str, calls: Mapping[str, Sequence[tuple[str, int]]]) -> list[str]:
+def _ordered(entry: str, calls: Mapping[str, Sequence[tuple[str, Any]]]) -> list[str]:
   """Returns computations, each before those it calls."""
   seen: set[str] = set()
   order: list[str] = []

@@ -18,8 +18,9 @@ SMALL = (
   "--config.data.length=256", "--config.distil.batch=16", "--config.distil.accumulate=2",
 )
 
-# As libtpu prints it: a loop of 4 turns around a gather, in it a loop of 5 around a sum that leaves
-# each device its part; a reduction of two arrays among pairs; a start with its operand.
+# As compilers print it: a loop of 4 turns around a gather in two pieces, in it a loop of 5, by its
+# condition, around a sum that leaves each device its part; a sum of two arrays among pairs; a start
+# with its operand.
 HLO = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -37,15 +38,20 @@ to_apply=%add
 }
 
 %outer_body (t: (f32[8,32])) -> (f32[8,32]) {
-  %g = bf16[64,32]{1,0} all-gather(%t), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
-  %w = (f32[64,32]) while(%t), condition=%c, body=%inner_body, backend_config={\
-"known_trip_count":{"n":"5"}}
+  %g = bf16[64,32]{1,0} all-gather(%t), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %g.2 = bf16[64,32]{1,0} all-gather(%t), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %w = (f32[64,32]) while(%t), condition=%turns, body=%inner_body, metadata={op_name="while"}
+}
+
+%turns (t: (s32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
 }
 
 ENTRY %main (a: f32[8,32]) -> f32[8,32] {
   %w = (f32[8,32]) while(%a), condition=%c, body=%outer_body, backend_config={\
 "known_trip_count":{"n":"4"},"x":1}
-  %two = (f32[16]{0}, s32[4]{0}) all-reduce(%x, %y), replica_groups=[4,2]<=[8], to_apply=%add
+  %two = (f32[16]{0}, s32[4]{0}) all-reduce(%x, %y), replica_groups=mesh['a'=4,'b'=2] {'b'}
   %s = (bf16[100]{0}, bf16[100]{0}) collective-permute-start(%z), source_target_pairs={{0,1},{1,0}}
   %d = bf16[100]{0} collective-permute-done(%s)
 }
