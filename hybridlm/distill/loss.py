@@ -49,9 +49,8 @@ def sums(
 ) -> dict[str, Float[Array, ""]]:
   """Returns sums over tokens, in float32 or wider: they do not depend on how a batch is split.
 
-  Only "loss" has a gradient, towards `student_BLD` and `head_DV`; nothing flows to the teacher.
-  Under a mesh (`jax.set_mesh`) rows are divided over its axes data and fsdp, positions over
-  sequence and the vocabulary over tensor.
+  Only "loss" has a gradient, towards `student_BLD` and `head_DV`. Under a mesh (`jax.set_mesh`)
+  rows are divided over data and fsdp, positions over sequence and the vocabulary over tensor.
 
   Args:
     student_BLD: final hidden states of the student.
@@ -60,20 +59,18 @@ def sums(
     weight_BL: weight of each position; where it is 0, the target is not read.
     teacher_BLD: final hidden states of the teacher, of its own width; None trains on targets alone.
     teacher_head_DV: the teacher's output matrix.
-    top_id_BLT: instead of those two, a teacher's most likely tokens at each position, ..
-    top_log_BLT: .. their log-probabilities at the temperature, ..
-    tail_log_BL: .. and the log of the probability of all others.
+    top_id_BLT, top_log_BLT, tail_log_BL: instead of those two, a teacher's likeliest tokens, their
+      log-probabilities at the temperature and the log of the probability of all others.
     temperature: divides both models' logits in the divergence, which is scaled by its square.
     kl: factor of the divergence from the teacher; without a teacher there is no such term.
     ce: factor of the cross-entropy with the targets.
     divergence: a name of `distill.divergences.TABLE`.
     skew: share of the teacher in the mixture of "skewed_kl"; others do not read it.
     top_k: compares the teacher's most likely tokens one by one and all others as one; None: each.
-    vocabulary: real rows; those from there on are padding and have probability 0 in both models.
-      Needed where the two heads have different numbers of rows.
-    stay_V: tokens that stay, one entry for each row of the student's head; the others have
-      probability 0 in both models, and one of them as a target a cross-entropy of infinity. None:
-      all. Being an array, it costs no program of its own.
+    vocabulary: real rows; those from there on are padding, with probability 0. Needed where the
+      two heads have different numbers of rows.
+    stay_V: tokens that stay, by rows of the student's head; others have probability 0 in both
+      models, and as a target a cross-entropy of infinity. None: all. No program of its own.
     chunk: positions handled at a time; None takes what is fast here.
 
   Returns:
@@ -83,22 +80,19 @@ def sums(
     maxima are equal].
 
   Raises:
-    ValueError: shapes that do not fit each other or the mesh, a factor or temperature out of range,
-      an unknown divergence, no term.
+    ValueError: shapes that do not fit each other or the mesh, a value out of range, no term.
 
-  Source: forward KL over all logits, arXiv 2407.14679 §3 and 2504.11409 §4; T² of Hinton et al.,
-  arXiv 1503.02531 §2.
+  Source: arXiv 2407.14679 §3 and 2504.11409 §4; T² of arXiv 1503.02531 §2.
   """
   stored = _all_or_none(top_id_BLT=top_id_BLT, top_log_BLT=top_log_BLT, tail_log_BL=tail_log_BL)
   whole = _all_or_none(teacher_BLD=teacher_BLD, teacher_head_DV=teacher_head_DV)
   _check_shapes(student_BLD, head_DV, target_BL, weight_BL, teacher_BLD, teacher_head_DV)
-  if stay_V is not None and stay_V.shape != head_DV.shape[1:]:
-    raise ValueError(f"loss: stay_V has {stay_V.shape[0]} entries, head_DV {head_DV.shape[1]} rows")
   real = _real_rows(head_DV, teacher_head_DV, vocabulary)
   check(
     temperature=temperature, kl=kl, ce=ce, divergence=divergence, skew=skew, top_k=top_k,
     vocabulary=real, taught=whole or stored,
   )
+  _check_stays(stay_V, head_DV)
   if stored:
     _check_stored(top_id_BLT, top_log_BLT, tail_log_BL, target_BL, real, (whole, stay_V, top_k))
   place = places.of(*student_BLD.shape)
@@ -107,11 +101,9 @@ def sums(
     float(temperature), float(kl), float(ce), divergence, NAMES[divergence], float(skew), top_k,
     real, columns, _chunk(chunk, target_BL.shape, place), place,
   )
-  teacher = None
+  teacher = fused.Top(top_id_BLT, top_log_BLT, tail_log_BL) if stored else None
   if whole:
     teacher = fused.Whole(teacher_BLD, _fitted(teacher_head_DV, columns))
-  elif stored:
-    teacher = fused.Top(top_id_BLT, top_log_BLT, tail_log_BL)
   rest = (teacher, target_BL, weight_BL, None if stay_V is None else _fitted(stay_V, columns))
   return fused.sums(settings, student_BLD, _fitted(head_DV, columns), jax.lax.stop_gradient(rest))
 
@@ -138,6 +130,11 @@ def _check_shapes(student_BLD, head_DV, target_BL, weight_BL, teacher_BLD, teach
       raise ValueError(f"loss: {name} is {hidden_BLD.shape[:2]} tokens, targets {target_BL.shape}")
   if weight_BL.shape != target_BL.shape:
     raise ValueError(f"loss: weight_BL is {weight_BL.shape}, target_BL {target_BL.shape}")
+
+
+def _check_stays(stay_V, head_DV) -> None:
+  if stay_V is not None and stay_V.shape != head_DV.shape[1:]:
+    raise ValueError(f"loss: stay_V has {stay_V.shape[0]} entries, head_DV {head_DV.shape[1]} rows")
 
 
 def _real_rows(head_DV, teacher_head_DV, vocabulary: int | None) -> int:

@@ -94,8 +94,8 @@ def _check(cfg: ModelConfig, teacher: ModelConfig, plans: Sequence[Plan]) -> Non
     left = plan.small_config(left)
   if _sizes(left) != _sizes(cfg):
     raise ValueError(
-      f"intermediate: {len(plans)} plans leave {left.pattern!r} with D={left.D} of the teacher; the "
-      f"student is {cfg.pattern!r} with D={cfg.D} and sizes of its own"
+      f"intermediate: {len(plans)} plans leave {left.pattern!r} with D={left.D} of the teacher; "
+      f"the student is {cfg.pattern!r} with D={cfg.D} and sizes of its own"
     )
 
 
