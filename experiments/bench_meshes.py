@@ -36,10 +36,11 @@ HEADER = """# One device and eight
 
 Ten steps of distillation on eight devices of a CPU against the same on one: the largest difference
 of a loss as a share of it, and of a parameter. The student has a gated convolution, Mamba-2,
-attention with a window and MLP blocks (G=2 and K=2, so that eight devices of `tensor`
-divide H and J); rows of {length} tokens are packed and partly weightless. Layouts are those of
-`hybridlm/layout.py`, of the student and of the teacher. Collectives are those of the compiled
-float64 step.
+attention with a window and an MLP, the teacher attention and Mamba-2 of other widths (G=2 and K=2:
+eight devices of `tensor` divide H and J). Rows of {length} tokens are packed, a third of them has
+no weight. Layouts are those of `hybridlm/layout.py`, of the student and of the teacher. Collectives
+are those of the float64 step, compiled for CPU with most optimisations off: there a sum whose parts
+are wanted on several devices is an all-reduce, not a reduce-scatter.
 
 """
 
