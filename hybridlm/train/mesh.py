@@ -109,7 +109,12 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
   held: dict[int, set[int]] = {}
   for device, (part, *_) in where.devices_indices_map((count,)).items():
     held.setdefault(device.process_index, set()).update(range(count)[part])
-  mine = sorted(held.get(jax.process_index(), ()))
+  return share(held, jax.process_index(), count)
+
+
+def share(held: Mapping[int, set[int]], process: int, count: int) -> tuple[int, int]:
+  """Returns a process's share and how many there are, by which of `count` parts each one holds."""
+  mine = sorted(held.get(process, ()))
   size = len(mine)
   alike = {tuple(sorted(parts)) for parts in held.values()}
   even = {tuple(range(first, first + size)) for first in range(0, count, max(1, size))}

@@ -112,3 +112,21 @@ def test_a_rule_for_an_axis_the_mesh_has_not_is_refused():
     mesh.shardings(grid, tiny.init(), {"F": "model"})
   with pytest.raises(ValueError, match="rule B -> rows: the mesh has data"):
     mesh.shard_batch(grid, tiny.batch(0), {"B": "rows"})
+
+
+@pytest.mark.parametrize("held, process, expected", [
+  ({0: {0, 1, 2, 3}}, 0, (0, 1)),
+  ({0: {0, 1}, 1: {2, 3}}, 1, (1, 2)),
+  ({0: {0}, 1: {1}, 2: {0}, 3: {1}}, 3, (1, 2)),  # two and two hold the same rows
+  ({0: {0, 1}, 1: {0, 1}}, 1, (0, 1)),
+  ({0: {0, 2}, 1: {1, 3}}, 1, (0, 1)),  # no share of equal ones: all read everything
+  ({0: {0, 1, 2}, 1: {3}}, 1, (0, 1)),
+  ({0: {0, 1}, 1: {2, 3}}, 7, (0, 1)),
+])
+def test_processes_that_hold_the_same_rows_read_the_same_share(held, process, expected):
+  assert mesh.share(held, process, max(map(max, held.values())) + 1) == expected
+
+
+def test_of_one_process_the_mesh_is_its_own_and_the_batch_whole():
+  grid = mesh.make({"data": 4, "fsdp": 2})
+  assert mesh.own(grid) is grid and mesh.row_share(grid) == (0, 1)
