@@ -126,9 +126,7 @@ def products(hlo: str) -> dict[str, int]:
   found: collections.Counter[str] = collections.Counter()
   dtypes: dict[str, str] = {}
   for line in hlo.splitlines():
-    if line.startswith(("%", "ENTRY")):  # names are those of one computation
-      dtypes = {}
-    elif match := VALUE.match(line):
+    if match := VALUE.match(line):  # computations use the same names, each after it says them
       dtypes[match["name"]] = match["dtype"]
     if CUBLAS.search(line):
       found["f8 × f8 by cuBLAS"] += 1
