@@ -75,7 +75,9 @@ def collectives(hlo: str, devices: int) -> dict[str, float]:
   for name, each in found.items():
     for number, sent in enumerate(each.sent):
       key = (sent.kind, sent.channel or f"{name} {number}")
-      once[key] = max(once.get(key, 0.0), times[name] * sent.size)
+      # Later pieces may lie in loops that an operation goes on beside, its first does not.
+      if times[name]:
+        once[key] = min(once.get(key, math.inf), times[name] * sent.size)
   total: collections.Counter[str] = collections.Counter()
   for (kind, _), size in once.items():
     total[kind] += size

@@ -33,6 +33,10 @@ from hybridlm.train import state, step
 
 # What compilers say of a program that is larger than the memory.
 OVER = re.compile(r"Used (?P<used>[\d.]+)(?P<unit>[KMGT]) of")
+# Tiles of products are tried out on a device; without one, some that are taken do not fit.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+  "tpu": {}, "cuda": {"xla_gpu_enable_triton_gemm": False},
+}
 # What is written when buffers have their places; all that is read before was written before.
 LAID_OUT = "after_optimizations_after_buffer_assignment.txt"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -91,6 +95,7 @@ def measured(given: Mapping[str, Any], found: Sequence[Any]) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     # Some programs for TPUs have operations that their own text cannot be read back from.
     dumped = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": ""}
+    dumped |= OPTIONS[TARGETS[given["slice"].partition(":")[0]].platform]
     try:
       with _Clock(report, "compile"):
         if given["until"] == "memory":
