@@ -2,7 +2,7 @@ r"""What FP8 costs the loss: the quickstart's small model trained in float32, bf
 
 python -m experiments.bench_precision --config=configs/evidence/precision.py
 
-Cost: about 9 minutes on two CPU cores, three seeds in three precisions; CPUs round to eight bits
+Cost: about 6 minutes on two CPU cores, two seeds in three precisions; CPUs round to eight bits
 and multiply what comes out in float32. On a GPU the table has the real speed.
 Expect: curves that lie on each other, FP8 within a hundredth of a nat of bfloat16 at the end.
 """
