@@ -20,8 +20,8 @@ OURS = str(ROOT / ".pytest_cache" / "jax_")
 if os.environ.get("JAX_COMPILATION_CACHE_DIR", OURS).startswith(OURS):
   os.environ["JAX_COMPILATION_CACHE_DIR"] = OURS + WORKER
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Kernels by the older emitters of XLA's CPU compiler, in a third of the time. Not for a version that
-# may have dropped them, and not for commands in processes of their own, which run as a user's do.
+# Kernels by the older emitters of XLA's CPU compiler, in a third of the time. Not for a version
+# that may have dropped them, nor for commands in processes of their own, which run as a user's do.
 QUICK = " --xla_cpu_use_fusion_emitters=false" * VERSION.startswith(("0.10.", "0.11."))
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8{QUICK}")
 os.environ.setdefault("MPLBACKEND", "agg")
