@@ -3,9 +3,9 @@ r"""What comparing activations adds to comparing logits, where half of the block
 python -m experiments.bench_intermediate --config=configs/evidence/intermediate.py
 
 Cost: 7 minutes of CPU time, three seeds with a teacher each and three students a teacher.
-Expect: all recover more than nine tenths of what the cut lost. Residual streams on top of the logits
-bring the KL to the teacher lower in every seed, by a fifth (arXiv 2407.14679, table 17, finds a
-little too); mixer outputs and states beside them undo that.
+Expect: all recover more than nine tenths of what the cut lost. Residual streams on top of the
+logits bring the KL to the teacher down in every seed, by a fifth (arXiv 2407.14679, table 17, finds
+a little too); mixer outputs and states beside them undo that.
 """
 
 from configs import quickstart
