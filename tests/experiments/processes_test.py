@@ -266,7 +266,7 @@ def start(place, count, *argv):
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   (place / "pair.py").write_text(CONFIG)
-  flag = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", "--heartbeat=3"]
+  flag = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", "--heartbeat=10"]
   command = commands.command("pretrain", "--config=pair.py", "--workdir=job", *flag)
   return [
     subprocess.Popen(
