@@ -3,13 +3,20 @@ r"""Nemotron-H 8B to 4B as Minitron-SSM did it: search under 4.5B parameters, di
 python -m experiments.search --config=configs/nemotron_h_8b_to_4b.py --dry_run
 
 python -m experiments.distill --config=configs/nemotron_h_8b_to_4b.py
-    --config.teacher.path=NEMOTRON_H_8B --config.data.tokenizer=teacher --config.mesh.tensor=8
+    --config.teacher.path=NEMOTRON_H_8B --config.data.tokenizer=teacher --config.mesh.fsdp=64
+    --config.distil.accumulate=12
     --config.data.sources.main.kind=jsonl --config.data.sources.main.path=TEXTS
+
+python -m experiments.distill --config=configs/nemotron_h_8b_to_4b.py --aot=v5p:4x4x4
+    --config.mesh.fsdp=64 --config.distil.accumulate=12
 
 Cost: the dry run takes half a minute on one CPU core and allocates no weights. In earnest: 90 GB
 for the student in training and the teacher in bfloat16, activations apart; a step of 768 x 8192
 tokens is 2.6e17 FLOPs (student forward and backward, teacher forward), so 22 finalists of 604 steps
-and the winner's 60,417 are about 1.9e22: 12 days on 64 H100 at 30 % of their peak.
+and the winner's 60,417 are about 1.9e22: 12 days on 64 H100 at 30 % of their peak. Compiled ahead
+of time (docs/results/aot.md), the step with one row at a time on a chip takes 13.2 of 95 GiB of a
+v5p:4x4x4 (fsdp=64, accumulate=12), 11.1 of 14.9 of a v5e:16x16 and 12.6 of 29.8 of a v6e:16x16
+(fsdp=256, accumulate=3): all fit.
 Expect: 52 blocks, D=3072, F=12288, 112 heads of 64 channels and 4,489,223,040 parameters among the
 feasible: the published winner (arXiv 2504.11409, Table 1), at 96 % of the parent's accuracy after
 380B tokens of its own data. Other data give another winner: that is what the search is for.
@@ -32,7 +39,7 @@ def get_config():
   c.model.update(stack="units", remat="block")  # 7 blocks to compile, not 52; docs/aot.md
   c.data.length = 8192
 
-  c.calibrate.update(axes="HPFD", depth="kl", batches=128, batch=8)
+  c.calibrate.update(axes="HPFD", depth="kl", batches=16, batch=64)
   c.plan.path = "search"
   c.search.space.update(
     D=(3072, 3328, 3584, 3840, 4096),
@@ -43,7 +50,7 @@ def get_config():
   )
   c.search.winner.update(D=3072, F=12288, heads=112, P=64, blocks=52)
   c.search.update(
-    method="random", candidates=125, score="kl", batch=8, batches=16, finalists=22, rungs=(604,),
+    method="random", candidates=125, score="kl", batch=64, batches=2, finalists=22, rungs=(604,),
   )
   # Weights, keys and values in bfloat16, SSM states in float32; time on one H100.
   c.budget.update(parameters=4_500_000_000, context=65536, batch=1, device="h100")
@@ -58,5 +65,7 @@ def get_config():
   )
   c.export.update(format="hf", family="nemotron_h")
   c.scratch.run = "none"
-  c.evaluate.ngram = 0
+  c.evaluate.update(ngram=0, batch=64)
+  for part in ("findings", "repair"):  # every batch has a row for each of 64 devices
+    c[part].batch = 64
   return c

@@ -15,7 +15,8 @@ def get_config():
   c = nemotron_h_8b_to_4b.get_config()
   c.name = "nemotron_h_8b_to_4b_twin"
   c.model.update(
-    preset="", stack=None, pattern="M-M*-M-M*-", D=96, F=256, K=2, J=2, E=16, G=2, H=4, P=16, N=16, W=4,
+    preset="", stack=None, pattern="M-M*-M-M*-", D=96, F=256, K=2, J=2, E=16, G=2, H=4, P=16, N=16,
+    W=4,
   )
   c.data.length = 128
   run = dict(batch=8, accumulate=1, warmup=10, validate_every=50, validate_batches=2, save_every=0)

@@ -117,9 +117,9 @@ def text(given: Mapping[str, Any], report: Mapping[str, Any]) -> str:
   parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["parts"].items())
   if "temporaries" in report:
     parts += f", activations and temporaries {report['temporaries'] / GIB:.2f}"
-  memory = devices.device(chip).memory
+  memory, host = devices.device(chip).memory, report.get("host", 0) / GIB
   lines.append(f"GiB a device: {parts}; {needs(report) / GIB:.2f} of {memory / GIB:.2f} in all"
-               + (f", {report['host'] / GIB:.2f} on the host" if report.get("host") else ""))
+               + (f", {host:.2f} on the host" if host > 0.01 else ""))
   lines.append(fits(given, report))
   limits = seconds(given, report)
   lines.append(f"a step of {tokens(given):,} tokens: {report['flops']:.3g} FLOPs, of which "
