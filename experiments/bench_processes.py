@@ -38,8 +38,8 @@ HEADER = """# One process and several
 
 `{command}` on {machine}.
 
-The devices of one machine's CPU, divided among {count} processes that talk by gloo on loopback, against
-one process that has them all; – was not run.
+The devices of one machine's CPU, divided among {count} processes that talk by gloo on
+loopback, against one process that has them all; – was not run.
 Ten steps of distillation by AdamW in float64, {devices} devices: the largest difference to one
 process of a loss as a share of it, and of a parameter. Then the whole toy job in float32,
 {job} devices: the largest difference of a parameter of the teacher and of the distilled model, and
