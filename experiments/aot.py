@@ -125,9 +125,9 @@ def text(given: Mapping[str, Any], report: Mapping[str, Any]) -> str:
   lines.append(f"a step of {tokens(given):,} tokens: {report['flops']:.3g} FLOPs, of which "
                f"{useful(given):.3g} are not computed twice")
   if "sent" in report:
-    sent = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in report["sent"].items())
+    sent = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in report["sent"].items())
     lines.append(f"GB that a device sends a step: {sent or 'none'}")
-  bound = ", ".join(f"{name} {value:.2f} s" for name, value in limits.items())
+  bound = ", ".join(f"{name} {value:.3g} s" for name, value in limits.items())
   lines.append(f"at the chips' peaks: {bound}; at most "
                f"{tokens(given) / max(limits.values()):,.0f} tokens/s")
   if "compile_seconds" in report:
