@@ -33,8 +33,9 @@ they turn, by rings. The bound is the slowest of three: products at the chip's b
 read for weights, moments and gradients, links at their peak.
 """
 
-CHOICE = """The config takes `block`, which fits all of these slices. Where the memory is there, as on
-v5p, `--config.model.remat=dots` does fewer products twice. `unit` is for rows that do not fit."""
+CHOICE = """The config takes `block`, which fits all of these slices. Where the memory is there, as
+on v5p, `--config.model.remat=dots` does fewer products twice. `unit` is for rows that do not fit.
+"""
 
 
 class Case(NamedTuple):
@@ -112,7 +113,7 @@ def page(records: Mapping[str, Any]) -> str:
   slices = [name for name in ("v5p", "v5e", "v6e", "h200") if name in whole]
   kept = [name for name in ("none", "dots", "v5p", "unit", "offload") if name in whole]
   parts = [HEADER, "## Slices", "", *_table(whole, slices, "slice"), ""]
-  parts += ["## What is computed again", "", *_table(whole, kept, "remat"), "", CHOICE, ""]
+  parts += ["## What is computed again", "", *_table(whole, kept, "remat"), "", CHOICE]
   parts += ["## Stacked and unrolled", "", *_compile_table(records)]
   return "\n".join(parts) + "\n"
 
