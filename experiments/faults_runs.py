@@ -43,8 +43,8 @@ class Place(NamedTuple):
 
   @property
   def log(self) -> pathlib.Path:
-    """What its processes said."""
-    return self.folder / "said.txt"
+    """What its processes said; beside the folder, which may be a disk that is full."""
+    return self.folder.with_name(f"{self.folder.name}.txt")
 
   def stage(self) -> pathlib.Path:
     """The folder of the distillation, done or not."""
