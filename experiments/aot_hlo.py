@@ -28,7 +28,8 @@ CALLS = re.compile(r"(?P<how>body|calls|to_apply|branch_computations)=(?P<to>\{[
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<n>\d+)"\}')
 LISTED = re.compile(r"replica_groups=\{\{(?P<first>[\d,]*)\}")
 IOTA = re.compile(r"replica_groups=\[(?P<groups>\d+),(?P<each>\d+)\]")
-MEMORY = re.compile(r"Memory Space: (?P<name>\w+).*\nTotal bytes: (?P<bytes>\d+)")
+MEMORY = re.compile(r"Memory Space: .*\(color=(?P<color>\d+)\)\nTotal bytes: (?P<bytes>\d+)")
+COLORS = {"0": "default", "5": "host"}  # whatever the report calls them
 NAMED = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\] ?\{(?P<used>[^}]*)\}")
 AXIS = re.compile(r"'(?P<name>\w+)'=(?P<size>\d+)")
 USED = re.compile(r"'(?P<name>\w+)'(?::\(\d+\)(?P<part>\d+))?")
@@ -178,7 +179,10 @@ def memories(report: str) -> dict[str, int]:
   Raises:
     ValueError: it has none of the default memory.
   """
-  found = {match["name"]: int(match["bytes"]) for match in MEMORY.finditer(report)}
+  found = {
+    COLORS[match["color"]]: int(match["bytes"]) for match in MEMORY.finditer(report)
+    if match["color"] in COLORS
+  }
   if "default" not in found:
     raise ValueError("the compiler reported no bytes of the default memory")
   return found

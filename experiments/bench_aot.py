@@ -35,6 +35,7 @@ read for weights, moments and gradients, links at their peak.
 
 CHOICE = """The config takes `block`, which fits all of these slices. Where the memory is there, as
 on v5p, `--config.model.remat=dots` does fewer products twice. `unit` is for rows that do not fit.
+`offload` gains nothing: this compiler keeps the inputs of nested loops on the device as well.
 """
 
 

@@ -71,7 +71,7 @@ def test_what_is_sent_counts_each_loop_as_often_as_it_turns():
 
 def test_memory_is_read_from_a_compilers_report_before_there_is_machine_code():
   text = "Memory Space: default (color=0)\nTotal bytes: 39864736 (38.02MiB)\n  x;\n\n"
-  text += "Memory Space: host (color=5)\nTotal bytes: 12 (12B)\n"
+  text += "Memory Space: cmem (color=5)\nTotal bytes: 12 (12B)\n"
   assert aot_hlo.memories(text) == {"default": 39864736, "host": 12}
   with pytest.raises(ValueError, match="default memory"):
     aot_hlo.memories("")
