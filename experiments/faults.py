@@ -73,16 +73,16 @@ def kill(bench: Bench) -> tuple[str, str, str]:
   place, rng, made = bench.place("kill"), random.Random(5), 0
   saves, most, runs, same = 0, 0, 1, True
   while made < bench.kills:
-    process = faults_runs.start(place)
+    before, process = place.unfinished(), faults_runs.start(place)
     if made % 3 == 2:
-      alive = faults_runs.until(process, place.unfinished)
+      alive = faults_runs.until(process, _saving(place, before))
     else:
       alive = faults_runs.until(process, _beyond(place, place.step()))
       time.sleep(rng.uniform(0, 0.4))
     if alive and process.exitcode is None:
       faults_runs.end(process, signal.SIGKILL)
       whole = [int(path.name) for path in place.checkpoints()]
-      saves, made = saves + place.unfinished(), made + 1
+      saves, made = saves + _saving(place, before)(), made + 1
       most = max(most, place.step() - max(whole, default=0))
     else:  # it came to its end first
       process.join()
@@ -96,6 +96,10 @@ def kill(bench: Bench) -> tuple[str, str, str]:
 
 def _beyond(place: Place, step: int) -> Callable[[], bool]:
   return lambda: place.step() > step
+
+
+def _saving(place: Place, before: set[str]) -> Callable[[], bool]:
+  return lambda: bool(place.unfinished() - before)
 
 
 def _ended(code: int, text: str) -> str:

@@ -55,9 +55,10 @@ class Place(NamedTuple):
     """The whole checkpoints of a distillation that is not done."""
     return sealed.complete(self.stage() / loop.CHECKPOINTS)
 
-  def unfinished(self) -> bool:
-    """Whether a checkpoint lies there without its manifest."""
-    return len(sealed.numbered(self.stage() / loop.CHECKPOINTS)) > len(self.checkpoints())
+  def unfinished(self) -> set[str]:
+    """The checkpoints that lie there without their manifests, by name."""
+    found = {path.name for path in sealed.numbered(self.stage() / loop.CHECKPOINTS)}
+    return found - {path.name for path in self.checkpoints()}
 
   def records(self, split: str = "train") -> list[dict[str, Any]]:
     """The records of one kind, as far as they are written."""
