@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments import artefacts, mistakes, processes
 from experiments.journal import Journal, aside, remove
+from hybridlm.train import guard
 
 FORMAT = "hybridlm-workdir-2"
 SHOWN = 120.0  # seconds until what one process wrote must be seen by all
@@ -240,8 +241,8 @@ def run(
   """Runs what is not done, in order; returns the folder of every artefact.
 
   Of several processes all call it, and all but the first return nothing. A user's mistake that a
-  stage finds is undone: the workdir is as it was. What lies in a stage's `home` stays. A loss that
-  is not finite is no mistake: what was done before stays.
+  stage finds is undone: the workdir is as it was. What lies in a stage's `home` stays. Bad steps
+  and a full disk are no mistakes: what was done before stays.
 
   Args:
     stages: the pipeline.
@@ -276,12 +277,18 @@ def run(
         folders[status.stage.name] = status.folder
       team.share()  # until here the others have waited
     except mistakes.TYPES as error:
-      if mistakes.is_mistake(error) and not isinstance(error, FloatingPointError):
+      if mistakes.is_mistake(error) and not _lasting(error):
         journal.undo()
       raise
     finally:
       journal.settle()
   return folders
+
+
+def _lasting(error: BaseException) -> bool:
+  """Whether what is there is good all the same: numbers went wrong, or the disk."""
+  disk = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+  return disk or isinstance(error, (FloatingPointError, guard.Bad))
 
 
 def _missing(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -108,7 +108,7 @@ class Saver:
       self._pending = path, self._pool.submit(self._end, path, step, _leaves(state))
     except Exception as caught:  # of many kinds, by what lies beneath: files, buckets, processes
       error = self._failed(path, caught)
-    together.check(error)
+    _agreed(error)
     return path
 
   def wait(self) -> None:
@@ -118,7 +118,7 @@ class Saver:
       NotSaved: it could not be written.
     """
     if self._pending is not None:
-      together.check(self._join())
+      _agreed(self._join())
 
   def _join(self) -> NotSaved | None:
     """Waits for this process's part of the save under way and returns what went wrong."""
@@ -155,6 +155,16 @@ class Saver:
     )
     made.__cause__ = error
     return made
+
+
+def _agreed(error: NotSaved | None) -> None:
+  """Raises `NotSaved` on every process if one of them has it."""
+  try:
+    together.check(error)
+  except NotSaved:
+    raise
+  except ValueError as other:
+    raise NotSaved(str(other)) from other
 
 
 def reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from experiments import artefacts, journal, mistakes, stages
-from hybridlm.train import look, loop
+from hybridlm.train import checkpoint, loop, together
 
 OWNER = {"config": "line", "file": "configs/line.py"}
 
@@ -228,13 +228,14 @@ def test_what_was_resumed_before_a_mistake_can_be_resumed_again(line):
   assert line.ran == ["c", "d"]
 
 
-def test_a_run_that_diverged_keeps_its_folder_and_the_stages_before_it(line):
+@pytest.mark.parametrize("kind", [loop.NotFinite, loop.Spike, checkpoint.NotSaved])
+def test_bad_steps_and_a_full_disk_leave_the_folder_and_the_stages_before_it(line, kind):
   def diverge(folder):
     (folder / "metrics").write_text("nan")
-    look.validation(lambda params: {"ce": float("nan")}, None, 3)
+    together.check(kind("as the loop raises it"))
 
   line.run()
-  with pytest.raises(loop.NotFinite):
+  with pytest.raises(kind):
     line.run(b=1, actions={"c": diverge})
   assert (line.workdir / "b" / "text").read_text() == "b1(a0())"
   assert (line.workdir / "c.partial" / "metrics").read_text() == "nan"
