@@ -206,7 +206,16 @@ class Team:
     if code == FAILED and self._mouth.acquire(blocking=False):
       traceback.print_exception(error)
       self._mouth.release()
+    self._hear()
     self._end(line, code)
+
+  def _hear(self) -> None:
+    """Says that why the job ends is known here; process 0, which holds it, waits for the others."""
+    until = time.monotonic() + GRACE
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._store.key_value_set(f"job/heard/{self.index}", "", allow_overwrite=True)
+      for process in range(self.count if self.leads else 0):
+        self._get(f"job/heard/{process}", max(0.0, until - time.monotonic()))
 
   def _get(self, key: str, seconds: float) -> str | None:
     """Returns what lies under a key, waiting for it; None: nothing, so far."""
@@ -259,6 +268,7 @@ class Team:
         if self._over.is_set():
           return
         if said is not None:
+          self._hear()
           self._end(**json.loads(said))
     except jax.errors.JaxRuntimeError as error:
       if not self._over.is_set() and "CANCELLED" not in str(error):

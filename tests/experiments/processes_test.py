@@ -234,7 +234,22 @@ def test_a_mistake_of_one_process_ends_all_with_its_line(ends):
   assert "neither empty nor one of ours" in line
 
 
-def test_a_process_without_a_sign_of_life_ends_all(ends):
+def test_process_0_ends_when_the_others_have_heard_why(ends):
+  found, ended = ends
+  store = Store(3)
+  teams = [processes.Team(store, index, 3, heartbeat=5) for index in range(3)]
+  for team in teams[1:]:
+    threading.Thread(target=team._watch, daemon=True).start()
+  with pytest.raises(ended):
+    with teams[0]:  # its service goes with it, and whoever has not heard calls it lost
+      stages.claim(pathlib.Path(__file__).parent, {"config": "c", "file": "f"})
+  assert {pair[0] for pair in store.key_value_dir_get("job/heard/")} == {
+    f"job/heard/{index}" for index in range(3)}
+  assert wait_for(found, {(index, 2) for index in range(3)})
+
+
+def test_a_process_without_a_sign_of_life_ends_all(ends, monkeypatch):
+  monkeypatch.setattr(processes, "GRACE", 0.2)
   found, _ = ends
   store = Store(3)
   for index in (0, 1):  # the third one never comes
