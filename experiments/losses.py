@@ -55,9 +55,17 @@ def check(run: ConfigDict) -> None:
       f"distil.store={run.store!r} stands for it")
 
 
-def plans(run: ConfigDict, names: Sequence[str]) -> tuple[str, ...]:
-  """Returns the stages of plans that a distillation reads: `names`, where it needs any."""
-  return tuple(names) if run.intermediate else ()
+def plans(cfg: ModelConfig, run: ConfigDict, names: Sequence[str]) -> tuple[str, ...]:
+  """Returns the stages of plans that a distillation reads: `names`, where it needs any.
+
+  Raises:
+    ValueError: the teacher, `cfg`, has not what is to be compared.
+  """
+  if not run.intermediate:
+    return ()
+  with about("distil"):
+    align.pairs(cfg, cfg, None, run.intermediate)
+  return tuple(names)
 
 
 def online(

@@ -44,7 +44,7 @@ def key(s: Setup, teacher: str) -> store.Key:
     train=data.rows_fingerprint(
       s.corpus, batch=run.batch, length=s.c.data.length, seed=s.c.seed + 1),
     valid=hashlib.sha256(rows).hexdigest(), length=s.c.data.length, V=real,
-    k=run.top_k or real, temperature=float(run.temperature),
+    k=run.top_k or real, temperature=float(run.temperature), precision=run.teacher_precision,
   )
 
 
@@ -77,7 +77,6 @@ def write(s: Setup, name: str) -> Stage:
   values = {
     **{field: known[field] for field in known if field not in ("teacher", "tokenizer")},
     "rows": s.c.distil.steps * s.c.distil.batch, "dtype": s.c.store.dtype,
-    "precision": s.c.distil.teacher_precision,
   }
   return Stage(name, values, fill, needs=("teacher",), together=True)
 
@@ -97,7 +96,7 @@ class _Writer:
     total = run.steps * run.batch
     size = store.record_size(self._key, self._dtype)
     steps = max(1, (self._s.c.store.file_mib << 20) // (size * run.batch))  # in one file
-    done = together.first(lambda: len(store.sealed(self._folder, store.TRAIN))) * steps
+    done = together.first(self._rows_there) // run.batch
     stream = data.train_batches(
       self._s.corpus, batch=run.batch, length=self._s.c.data.length, seed=self._s.c.seed + 1)
     stream.skip(done)
@@ -112,6 +111,11 @@ class _Writer:
       made = store.manifest(
         self._folder, self._key, dtype=self._dtype, rows=total, valid=list(valid))
       artefacts.write_json(self._folder / store.MANIFEST, made)
+
+  def _rows_there(self) -> int:
+    """Returns how many rows an earlier run left; its batches and files may have been others."""
+    files = store.sealed(self._folder, store.TRAIN)
+    return store.first_row(files[-1]) + store.count(files[-1]) if files else 0
 
   def _seal(self, part: str, first: int, records: Sequence[bytes]) -> None:
     if together.writes():
@@ -171,12 +175,12 @@ def opened(s: Setup) -> store.Store | None:
 
   Raises:
     FileNotFoundError: there is no store.
-    ValueError: it is damaged, made from something else, or too short.
+    ValueError: it is damaged, made from something else, or too short; or a value out of range.
   """
   run = s.c.distil
+  check(s)
   if not run.store:
     return None
-  check(s)
   with about("distil.store"):
     found = store.Store(run.store)
     store.check_key(run.store, found.key, key(s, found.key.teacher))

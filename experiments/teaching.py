@@ -105,7 +105,7 @@ def distil(s: Setup, plans: Sequence[str] = ("plan",)) -> Stage:
   plans lead from the teacher to the student, in order; read where intermediate activations count.
   """
   run, found = s.c.distil, storing.opened(s)
-  read = losses.plans(run, plans)
+  read = losses.plans(s.cfg, run, plans)
 
   def learn(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg, params = artefacts.read_model(inputs["cut"])

@@ -5,7 +5,9 @@ is addressed by its row's number in the stream of training rows, or, in a part t
 by what its row holds; it carries a hash of that and a checksum.
 """
 
+import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -35,7 +37,8 @@ class Key:
 
   teacher: fingerprint of its weights.  tokenizer: its name, and `tokens` its fingerprint.  train,
   valid: fingerprints of the rows and their order.  length: tokens a row.  V: real vocabulary.
-  k: tokens kept a position.  temperature: of the softmax.
+  k: tokens kept a position.  temperature: of the softmax.  precision: what the teacher's weights
+  were held in, "": as they are.
   """
 
   teacher: str
@@ -47,13 +50,18 @@ class Key:
   V: int
   k: int
   temperature: float
+  precision: str
+
+
+class NotWritten(ValueError, OSError):
+  """A file of a store could not be written; those before it are whole."""
 
 
 # Field -> what to say of it.
 _SAID = {
   "tokens": "tokenizer", "length": "sequence length", "V": "vocabulary", "k": "top_k",
-  "temperature": "temperature", "teacher": "teacher", "train": "training data or their order",
-  "valid": "validation data",
+  "temperature": "temperature", "teacher": "teacher", "precision": "precision of the teacher",
+  "train": "training data or their order", "valid": "validation data",
 }
 
 
@@ -70,6 +78,8 @@ def check_key(place: str, found: Key, wanted: Key) -> None:
         theirs, ours = (f"{one.tokenizer!r} ({one.tokens[:12]})" for one in (found, wanted))
       values = [value[:12] if name in ("teacher", "train", "valid") else value
                 for value in (theirs, ours)]
+      if name == "precision":
+        values = [repr(value) for value in values]
       raise ValueError(f"store {place}: another {said}: it was made with {values[0]}, "
                        f"this run has {values[1]}")
 
@@ -152,17 +162,36 @@ def sealed(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
 
 
 def seal(folder: pathlib.Path, part: str, first: int, records: Sequence[bytes]) -> pathlib.Path:
-  """Writes the records from row `first` on as one file, whole or not at all; returns the file."""
+  """Writes the records from row `first` on as one file, whole or not at all; returns the file.
+
+  Raises:
+    NotWritten: it could not be, for want of space perhaps.
+  """
   path = folder / f"{part}-{first:012d}.array_record"
   partial = path.with_suffix(".partial")
-  writer = array_record_module.ArrayRecordWriter(str(partial), _OPTIONS)
-  for record in records:
-    writer.write(record)
-  writer.close()
-  with partial.open("rb") as file:
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(partial), _OPTIONS)
+    for record in records:
+      writer.write(record)
+    writer.close()
+    with partial.open("rb") as file:
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except (RuntimeError, OSError) as error:  # the first is the writer's own
+    partial.unlink(missing_ok=True)
+    told = " ".join(str(error).split())[:200]
+    raise NotWritten(f"{path} could not be written: {told}; files before it are whole") from error
   return path
+
+
+def count(path: pathlib.Path) -> int:
+  """Returns how many records a sealed file holds."""
+  return _open(path).num_records()
+
+
+def _open(path: pathlib.Path) -> Any:
+  return array_record_module.ArrayRecordReader(
+    str(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768)
 
 
 def first_row(path: pathlib.Path) -> int:
@@ -221,7 +250,8 @@ class Store:
     self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
     self._files = {part: [(first_row(path), path) for path in sealed(self.folder, part)
                           if path.name in sizes] for part in (TRAIN, VALID)}
-    self._readers: dict[pathlib.Path, Any] = {}
+    # Of thousands of files only as many are open as threads read.
+    self._reader = functools.lru_cache(2 * _THREADS)(_open)
 
   def join(
     self, first: int, batch: Mapping[str, Shaped[np.ndarray, "B L ..."]]
@@ -276,7 +306,8 @@ class Store:
   def _joined(self, part: str, numbers: Sequence[int], batch) -> dict[str, np.ndarray]:
     tops = []
     for number, wanted in zip(numbers, _hashes(batch), strict=True):
-      first, path = [pair for pair in self._files[part] if pair[0] <= number][-1]
+      files = self._files[part]
+      first, path = files[bisect.bisect(files, number, key=lambda pair: pair[0]) - 1]
       place = f"store {self.folder}: {path.name}"
       found, top = unpack(self._read(path, number - first, place), number=number, key=self.key,
                           dtype=self.dtype, place=place)
@@ -289,10 +320,7 @@ class Store:
 
   def _read(self, path: pathlib.Path, number: int, place: str) -> bytes:
     try:
-      if path not in self._readers:
-        self._readers[path] = array_record_module.ArrayRecordReader(
-          str(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768)
-      return self._readers[path].read([number])[0]
+      return self._reader(path).read([number])[0]
     except (RuntimeError, ValueError, IndexError) as error:
       told = " ".join(str(error).split())[:200]
       raise ValueError(f"{place}: record {number} is damaged: {told}") from error

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import pathlib
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hybridlm.data import pipeline, sources, store
 
 L, B, K, V = 11, 4, 3, 200_000
 ROWS = 12
-KEY = store.Key("t" * 64, "bytes", "bytes", "a" * 64, "b" * 64, L, V, K, 2.0)
+KEY = store.Key("t" * 64, "bytes", "bytes", "a" * 64, "b" * 64, L, V, K, 2.0, "")
 
 
 def top(number: int) -> store.Top:
@@ -131,12 +133,36 @@ def test_rows_beyond_the_last_and_rows_of_other_data_are_refused(corpus, made):
   ({"k": 7}, "another top_k: it was made with 3, this run has 7"),
   ({"temperature": 1.0}, "another temperature: it was made with 2.0, this run has 1.0"),
   ({"length": 12}, "another sequence length: it was made with 11, this run has 12"),
+  ({"precision": "int8"}, "another precision of the teacher: it was made with '', this run has "),
 ])
 def test_a_store_of_something_else_is_refused_with_both_values(change, told):
   wanted = dataclasses.replace(KEY, **change)
   with pytest.raises(ValueError, match=re.escape(f"store s: {told}")):
     store.check_key("s", KEY, wanted)
   store.check_key("s", KEY, dataclasses.replace(KEY))
+
+
+def test_of_many_files_only_a_few_are_open_at_a_time(corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(store, "_THREADS", 2)
+  opened = store.Store(write(tmp_path / "s", corpus, per_file=1))
+  for found in (opened.verify, lambda: opened.join(0, next(stream(corpus, batch=ROWS)))):
+    found()
+    links = [link for link in pathlib.Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    held = [link for link in links if str(tmp_path) in str(link.resolve())]
+    assert 1 <= len(held) <= 4 < ROWS
+
+
+def test_a_file_that_finds_no_space_is_told_and_leaves_those_before_it(tmp_path):
+  store.seal(tmp_path, store.TRAIN, 0, [b"one"])
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, limits[1]))
+  try:
+    with pytest.raises(store.NotWritten, match="train-000000000001.* could not be written: .*lar"):
+      store.seal(tmp_path, store.TRAIN, 1, [bytes(60_000)] * 3)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  left, = tmp_path.iterdir()
+  assert left == store.sealed(tmp_path, store.TRAIN)[0] and store.count(left) == 1
 
 
 @pytest.mark.parametrize("place", ["record", "header"])

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -126,9 +127,21 @@ def test_a_store_whose_writing_was_killed_goes_on_with_the_next_file(place, tmp_
     fill(tmp_path / "killed", s, place / "teacher")
   with pytest.raises(FileNotFoundError, match="it is none, or unfinished"):
     store.Store(tmp_path / "killed")
+  shutil.copytree(tmp_path / "killed", tmp_path / "other")
   found = commands.files(fill(tmp_path / "killed", s, place / "teacher"))
   assert calls == [("train", 0), ("train", 4), ("train", 8), ("train", 8), ("valid", 0)]
   assert found == calm and len(calm) == 5
+  # Batches and files of other sizes: no row is left out.
+  other = setup(place, distil={"batch": 3, "steps": 4}, store={"dtype": "float32", "file_mib": 1})
+  found = store.Store(fill(tmp_path / "other", other, place / "teacher"))
+  assert calls[5:] == [("train", 6), ("train", 9), ("valid", 0)]
+  monkeypatch.undo()
+  found.verify()
+  streams = (s.train_batches(s.c.distil, s.c.seed + 1).joined(each)
+             for each in (found, store.Store(tmp_path / "calm")))
+  for one, want in itertools.islice(zip(*streams, strict=True), STEPS):
+    np.testing.assert_array_equal(one["top_id_BLT"], want["top_id_BLT"])
+    np.testing.assert_allclose(one["tail_log_BL"], want["tail_log_BL"], atol=2e-6)
 
 
 @pytest.mark.parametrize("changes, told", [
@@ -137,6 +150,8 @@ def test_a_store_whose_writing_was_killed_goes_on_with_the_next_file(place, tmp_
   ({"data": {"length": 16}}, "another sequence length: it was made with 32, this run has 16"),
   ({"data": {"tokenizer": "sotu_1024"}}, "another tokenizer: it was made with 'bytes' (bytes), "
    "this run has 'sotu_1024' (bpe-"),
+  ({"distil": {"teacher_precision": "int8"}}, "another precision of the teacher: it was made with "
+   "'', this run has 'int8'"),
   ({"distil": {"validate_batches": 2}}, "another validation data: it was made with "),
   ({"distil": {"steps": 7}}, "it has 12 rows of training data, too few for 7 steps of 2"),
   ({"distil": {"top_k": 300}}, "distil.top_k=300 must lie in 0..257, the vocabulary"),
@@ -145,6 +160,17 @@ def test_a_store_whose_writing_was_killed_goes_on_with_the_next_file(place, tmp_
 def test_a_store_of_something_else_is_refused_before_anything_is_computed(place, changes, told):
   s = setup(place, **changes)
   s.c.distil.store = str(place / "store")
+  with pytest.raises(ValueError, match=re.escape(told)):
+    pipeline.build(s)
+
+
+@pytest.mark.parametrize("changes, told", [
+  ({"top_k": 300}, "distil.top_k=300 must lie in 0..257, the vocabulary"),
+  ({"intermediate": ("out", "state")}, "distil: intermediate: 'state': no block of '-' has one"),
+])
+def test_a_loss_that_the_teacher_cannot_have_is_refused_before_anything_is_computed(
+    place, changes, told):
+  s = setup(place, distil=changes)
   with pytest.raises(ValueError, match=re.escape(told)):
     pipeline.build(s)
 
