@@ -13,6 +13,7 @@ the seed of its order, and nothing else in a run is random.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -140,11 +141,16 @@ class Saver:
     self._writer.wait_until_finished()
     if together.writes():
       sealed.seal(path, step, leaves)
-      sealed.retain(path, self._keep)
+      try:
+        sealed.retain(path, self._keep)
+      except OSError as error:  # this one is whole; the next save tries again
+        logging.warning("checkpoint %s is whole, but others could not be removed: %s", path, error)
 
   def _failed(self, path: pathlib.Path, error: BaseException) -> NotSaved:
     """Returns the error to raise for another one; what was written of the checkpoint goes."""
     if together.writes():
+      with contextlib.suppress(OSError):
+        (path / sealed.MANIFEST).unlink(missing_ok=True)
       shutil.rmtree(path, ignore_errors=True)
     whole = [p.name for p in sealed.complete(self._folder)]
     text = reason(error)

@@ -151,6 +151,9 @@ def _check(plan: _Plan) -> None:
   guards.check(plan.guard)
   if plan.guard.action == "rollback" and plan.workdir is None:
     raise ValueError("loop: guard.action='rollback' needs a workdir with checkpoints to go back to")
+  if plan.guard.action == "rollback" and plan.guard.back > plan.keep:
+    raise ValueError(f"loop: guard.back={plan.guard.back} goes back beyond the keep={plan.keep} "
+                     "checkpoints that stay")
   json.dumps(plan.config, allow_nan=False)  # what no checkpoint could hold fails here, not later
 
 
@@ -194,9 +197,15 @@ def _saver(plan: _Plan):
 
 
 def _resume(state, data, plan: _Plan) -> _Leg:
-  """Returns where to go on from; moves the data to the saved position."""
-  workdir = plan.workdir
-  found = workdir and checkpoint.restore(plan.folder, state, config=plan.config)
+  """Returns where to go on from; moves the data to the saved position.
+
+  The state that was given goes before another is restored: devices may not hold two.
+  """
+  workdir, like = plan.workdir, jax.tree.map(_shape, state)
+  if workdir and _saved(plan):
+    for leaf in jax.tree.leaves(state):
+      leaf.delete()
+  found = workdir and checkpoint.restore(plan.folder, like, config=plan.config)
   state = found.state if found else state
   done = int(state.step)
   if done > plan.steps:
@@ -209,35 +218,43 @@ def _resume(state, data, plan: _Plan) -> _Leg:
   return _Leg(state, history, memory, guards.read(plan.folder) if workdir else guards.Ledger())
 
 
+def _saved(plan: _Plan) -> bool:
+  """Returns whether there is a checkpoint, damaged perhaps."""
+  return together.first(lambda: bool(sealed.complete(plan.folder)))
+
+
 def _cut_back(plan: _Plan, done: int) -> list[metrics.Record]:
   return together.first(lambda: metrics.truncate(plan.workdir / METRICS, last=done))
 
 
 def _legs(job: _Job, leg: _Leg, like) -> tuple[states.TrainState, list[metrics.Record]]:
   """Returns the state and history at the end, however often the run goes back on the way."""
-  if job.plan.guard.action == "rollback" and not sealed.complete(job.plan.folder):
+  if job.plan.guard.action == "rollback" and not _saved(job.plan):
     _save(job, leg.state, leg.memory)
     job.saver.wait()
   while True:
     try:
       return _train(job, leg)
     except guards.Bad as bad:
-      leg = _back(job, leg.ledger, bad, like)
+      _check_back(job.plan, leg.ledger, bad)
+      # Without the traceback, whose frames hold the state: devices may not hold two.
+      met, leg = bad.with_traceback(None), leg._replace(state=None)
+    leg = _back(job, leg.ledger, met, like)
+
+
+def _check_back(plan: _Plan, ledger: guards.Ledger, bad: guards.Bad) -> None:
+  """Raises the error of a bad step unless the guard goes back, and may once more."""
+  if plan.guard.action != "rollback" or bad.position is None:
+    raise bad
+  if len(ledger.records) >= plan.guard.limit:
+    raise guards.exhausted(plan.guard, bad)
 
 
 def _back(job: _Job, ledger: guards.Ledger, bad: guards.Bad, like) -> _Leg:
   """Returns where to go on from after a bad step: a checkpoint, past the step's batch.
 
-  Later checkpoints go first. Whoever dies here and starts again meets the step again.
-
-  Raises:
-    Bad: the guard does not go back, or not so often.
-  """
+  Later checkpoints go first. Whoever dies here and starts again meets the step again."""
   plan, data = job.plan, job.data
-  if plan.guard.action != "rollback" or bad.position is None:
-    raise bad
-  if len(ledger.records) >= plan.guard.limit:
-    raise guards.exhausted(plan.guard, bad)
   job.saver.wait()
   found = checkpoint.restore(plan.folder, like, config=plan.config, skip=plan.guard.back - 1)
   step = int(found.state.step)
@@ -292,6 +309,8 @@ def _train(job: _Job, leg: _Leg) -> tuple[states.TrainState, list[metrics.Record
       if stopping:
         raise stop.saved(number, plan.folder)
       waiting, clock = [], time.perf_counter()
+  if job.stop.asked():  # while the last step was saved
+    raise stop.saved(plan.steps, plan.folder)
   return state, history
 
 

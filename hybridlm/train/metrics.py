@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -10,13 +11,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from hybridlm.train import sealed
 
 # `step`, `split` ("train" or "valid") and numbers by name.
 Record = dict[str, Any]
+# Seconds after which TensorBoard's events go to the disk.
+_FLUSH = 120.0
 # name -> tqdm's `disable`; None shows the bar on a terminal only.
 PROGRESS: Mapping[str, bool | None] = {"bar": False, "auto": None, "off": True}
 
@@ -72,19 +77,30 @@ def truncate(path: str | os.PathLike, *, last: int) -> list[Record]:
 
 
 class TensorBoard:
-  """Scalars named `split/metric`; events of steps that are done again are hidden."""
+  """Scalars named `split/metric`; events of steps that are done again are hidden.
+
+  Whoever calls writes: a thread of its own that meets a full disk ends, and nobody empties its
+  queue any more.
+  """
 
   def __init__(self, folder: str | os.PathLike, *, first_step: int):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     # Files are named by the second; the suffix keeps a quick restart from overwriting.
-    self._writer = tensorboardX.SummaryWriter(
-      str(folder), purge_step=first_step, filename_suffix=f".from_{first_step:08d}"
-    )
+    self._writer = EventsWriter(os.path.join(folder, "events"), f".from_{first_step:08d}")
+    self._add(first_step, session_log=SessionLog(status=SessionLog.START))
+    self._flushed = -math.inf
+
+  def _add(self, step: int, **what: Any) -> None:
+    self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
 
   def write(self, record: Record) -> None:
     """Adds one scalar a number."""
     for name, value in record.items():
       if name not in ("step", "split") and not isinstance(value, str):
-        self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        self._add(record["step"], summary=scalar(f"{record['split']}/{name}", value))
+    if time.monotonic() > self._flushed + _FLUSH:
+      self._flushed = time.monotonic()
+      self._writer.flush()
 
   def close(self) -> None:
     """Flushes and closes the event file."""

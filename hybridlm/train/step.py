@@ -82,6 +82,12 @@ def culprit(params: Any, index: int) -> str:
   return f"{('parameter', 'gradient of')[kind]} {names[index]}"
 
 
+def _updates(before: state.TrainState) -> Any:
+  """Returns the updates made so far: an optimiser counts no skipped steps, where it counts."""
+  counts = optax.tree.get_all_with_path(before.opt_state, "count")
+  return counts[0][1] if counts else before.step
+
+
 def make_step(
   loss_fn: LossFn, optimizer: optim.Optimizer, *, accumulate: int = 1, shardings: Any = None,
   bad: str = "make",
@@ -125,7 +131,7 @@ def make_step(
     metrics = means | _health(before.params, grads, means) | {
       "weight": sums["weight"],
       "grad_norm": optax.tree.norm(grads),
-      "learning_rate": jnp.asarray(optimizer.schedule(before.step), jnp.float32),
+      "learning_rate": jnp.asarray(optimizer.schedule(_updates(before)), jnp.float32),
     }
     return after, metrics
 

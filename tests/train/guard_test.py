@@ -1,6 +1,7 @@
 """Bad steps are left out or gone past, told of, counted, and the same after a restart."""
 
 import functools
+import gc
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from cases import tiny
-from hybridlm.train import guard, loop, metrics, optim, sealed, state, step
+from hybridlm.train import checkpoint, guard, loop, metrics, optim, sealed, state, step
 
 OPTIMIZER = optim.make(peak=0.02, steps=30, warmup=2)
 STEPS = 24
@@ -164,6 +165,20 @@ def test_a_spike_stops_a_run_that_is_told_to_stop(tmp_path):
   run(tmp_path, {13: HUGE}, guard.STOP)
 
 
+def test_going_back_leaves_no_room_to_the_state_that_was_left(tmp_path, monkeypatch):
+  restore, alive = checkpoint.restore, []
+
+  def counting(*arguments, **settings):
+    gc.collect()
+    alive.append(sum(leaf.shape == (16, 24) for leaf in jax.live_arrays()))
+    return restore(*arguments, **settings)
+
+  monkeypatch.setattr(checkpoint, "restore", counting)
+  run(tmp_path, {5: INFINITE}, BACK, steps=6)
+  start, back = alive
+  assert back == start - 3  # parameters and two moments
+
+
 def test_the_first_step_can_be_gone_back_from(tmp_path):
   final, _ = run(tmp_path, {0: INFINITE}, BACK, steps=5)
   assert tiny.same(final, by_hand(1, 2, 3, 4, 5))
@@ -199,6 +214,11 @@ def test_impossible_guards_are_refused_by_value(change, message):
     run(None, {}, guard.Guard(**change), save_every=0)
 
 
+def test_going_back_beyond_what_is_kept_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="guard.back=3 goes back beyond the keep=2 checkpoints"):
+    run(tmp_path, {}, BACK._replace(back=3), keep=2)
+
+
 def test_what_is_skipped_has_no_effect_on_any_leaf_but_the_step():
   now = state.create(tiny.init(), OPTIMIZER)
   before = jax.tree.map(np.array, now)
@@ -206,3 +226,5 @@ def test_what_is_skipped_has_no_effect_on_any_leaf_but_the_step():
   after, values = stepper("skip")(now, tiny.init(1), batch, np.float32(100.0))
   assert bool(values["skipped"]) and bool(values["finite"]) and int(after.step) == 1
   assert tiny.same(after._replace(step=before.step), before)
+  _, values = stepper("skip")(after, tiny.init(1), next(Data({})), np.float32(100.0))
+  assert float(values["learning_rate"]) == pytest.approx(float(OPTIMIZER.schedule(0)), rel=1e-5)

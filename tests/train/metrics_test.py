@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import resource
 import struct
 import time
 
@@ -55,6 +56,19 @@ def test_a_restart_hides_tensorboard_s_events_of_the_steps_done_again(tmp_path):
   fill(tmp_path, [record(4), record(7)])
   fill(tmp_path, [record(5)], done=4)
   assert events(tmp_path / "tensorboard")[1] == [1, 5]
+
+
+def test_a_disk_that_is_full_is_an_error_of_whoever_writes_to_tensorboard(tmp_path):
+  board = metrics.TensorBoard(tmp_path, first_step=1)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+  try:
+    with pytest.raises(OSError, match="File too large"):
+      for step in range(1, 400):
+        board.write(record(step))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  board.close()
 
 
 def test_cutting_the_log_back_drops_later_steps_and_a_half_written_line(tmp_path):

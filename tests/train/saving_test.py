@@ -119,6 +119,31 @@ def test_an_error_behind_the_back_of_training_ends_it_at_the_next_save(tmp_path,
   assert saved(tmp_path) == []
 
 
+def test_a_checkpoint_is_whole_where_an_older_one_cannot_be_removed(tmp_path, monkeypatch):
+  remove = sealed.remove
+
+  def stuck(path):
+    if int(path.name) == 4 and not (tmp_path / "free").exists():
+      raise OSError(16, "Device or resource busy")
+    remove(path)
+
+  monkeypatch.setattr(sealed, "remove", stuck)
+  run(tmp_path, steps=8, keep=1)
+  assert saved(tmp_path) == [4, 8]
+  (tmp_path / "free").touch()
+  run(tmp_path, keep=1)
+  assert saved(tmp_path) == [12]
+
+
+def test_a_run_that_goes_on_leaves_no_room_to_the_state_it_was_given(tmp_path, whole):
+  run(tmp_path, steps=8)
+  given = state.create(tiny.init(), OPTIMIZER)
+  final, _ = loop.run(STEP, given, tiny.Data(), steps=12, frozen=tiny.init(1), workdir=tmp_path,
+                      config={}, progress="off")
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+  assert tiny.same(final, whole[0])
+
+
 def test_metrics_that_cannot_be_written_end_the_run_in_one_line(tmp_path):
   run(tmp_path, steps=4)
   size = (tmp_path / loop.METRICS).stat().st_size
@@ -145,6 +170,20 @@ def test_sigterm_saves_the_step_it_met_and_ends_with_143(tmp_path, whole, number
     run(tmp_path, data=Terminated(number))
   assert ended.value.code == 143 and saved(tmp_path)[-1] == number
   assert signal.getsignal(signal.SIGTERM) is before
+  assert tiny.same(run(tmp_path)[0], whole[0])
+
+
+def test_sigterm_while_the_last_step_is_saved_is_not_forgotten(tmp_path, monkeypatch, whole):
+  seal = sealed.seal
+
+  def asking(path, *rest):
+    if int(path.name) == 12:
+      os.kill(os.getpid(), signal.SIGTERM)
+    seal(path, *rest)
+
+  monkeypatch.setattr(sealed, "seal", asking)
+  with pytest.raises(stop.Stopped, match="step 12 is saved in "):
+    run(tmp_path)
   assert tiny.same(run(tmp_path)[0], whole[0])
 
 
