@@ -4,9 +4,10 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from experiments import exchange, losses, precision, settings
+from experiments import checks, exchange, losses, precision, settings
 from experiments.ahead import TARGETS
 from hybridlm import layout
 from hybridlm.config import PRESETS, ModelConfig
@@ -96,6 +97,22 @@ def models(c: ConfigDict) -> tuple[ModelConfig, ModelConfig]:
   return select.sized(teacher, wanted), teacher
 
 
+def _divides(c: ConfigDict, along: dict[str, int], models: dict[str, ModelConfig]) -> None:
+  """Raises unless the mesh divides rows, positions and every leaf, as the models are laid out."""
+  run, parts = c.distil, along["sequence"]
+  if c.data.length % parts:
+    raise ValueError(f"data.length={c.data.length} is not a multiple of mesh.sequence={parts}")
+  grid = AbstractMesh(tuple(along.values()), tuple(along))
+  for owner, cfg in models.items():
+    names = layout.names(layout.LAYOUTS[cfg.layout].activations["B"])
+    rows = math.prod(along[name] for name in names)
+    if run.batch % (rows * run.accumulate):
+      raise ValueError(
+        f"distil.batch={run.batch} is not a multiple of distil.accumulate={run.accumulate} times "
+        f"{' × '.join(f'mesh.{name}' for name in names)}={rows}")
+    checks.layout(cfg, grid, owner)
+
+
 def order(c: ConfigDict, asked: str) -> dict[str, Any]:
   """Returns what the compiling process is told, as plain values.
 
@@ -104,7 +121,7 @@ def order(c: ConfigDict, asked: str) -> dict[str, Any]:
   yet: what is kept of them is for a plan to say.
 
   Raises:
-    ValueError: a slice, a mesh or models that cannot be, or rows that do not divide.
+    ValueError: a slice, a mesh or models that cannot be, or what the mesh does not divide.
   """
   name, _, until = asked.partition("@")
   if until not in UNTIL:
@@ -122,11 +139,7 @@ def order(c: ConfigDict, asked: str) -> dict[str, Any]:
   along = mesh(c, chips.devices)
   losses.check(run)
   precision.check(run)
-  rows = along["data"] * along["fsdp"]
-  if run.batch % (rows * run.accumulate):
-    raise ValueError(
-      f"distil.batch={run.batch} is not a multiple of distil.accumulate={run.accumulate} times "
-      f"mesh.data × mesh.fsdp={rows}")
+  _divides(c, along, {"the student": student, "the teacher": teacher})
   published = c.teacher.path or c.model.preset  # their weights come in the compute dtype
   return {
     "slice": name, "until": until or "program", "mesh": along,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from configs import base
@@ -163,7 +163,9 @@ def heads(kept: Iterable[Any], cfg: ModelConfig) -> None:
       )
 
 
-def layout(cfg: ModelConfig, grid: Mesh, owner: str, names: Iterable[str] = ()) -> None:
+def layout(
+  cfg: ModelConfig, grid: Mesh | AbstractMesh, owner: str, names: Iterable[str] = ()
+) -> None:
   """Raises unless a model can be laid out on a mesh, as it is and by layouts of other names.
 
   Raises:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridlm import axes, layout
 from hybridlm.train.state import path_name
@@ -37,7 +37,7 @@ def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
-def _check_rules(mesh: Mesh, rules: layout.Rules) -> None:
+def _check_rules(mesh: Mesh | AbstractMesh, rules: layout.Rules) -> None:
   for letter, mesh_axes in rules.items():
     for name in layout.names(mesh_axes):
       if name not in mesh.shape and name not in layout.AXES:
@@ -49,7 +49,9 @@ def rows(mesh: Mesh) -> int:
   return math.prod(mesh.shape.get(name, 1) for name in layout.names(ROWS["B"]))
 
 
-def leaf_spec(mesh: Mesh, path: str, shape: tuple[int, ...], rules: layout.Rules):
+def leaf_spec(
+  mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...], rules: layout.Rules
+) -> PartitionSpec:
   """Returns the sharding of one leaf; a leaf without axes in its name (a counter) is replicated.
 
   Raises:
@@ -61,11 +63,11 @@ def leaf_spec(mesh: Mesh, path: str, shape: tuple[int, ...], rules: layout.Rules
   return layout.spec(f"leaf {path}", letters, shape, rules, mesh.shape)
 
 
-def shardings(mesh: Mesh, tree: Any, rules: layout.Rules = RULES) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: layout.Rules = RULES) -> Any:
   """Returns the sharding of every leaf of a parameter tree, or of a whole train state.
 
   Args:
-    mesh: from `make`.
+    mesh: from `make`, or its sizes alone.
     tree: arrays or shapes; leaf names end in axes, and so do those of the optimiser's moments.
     rules: axis letter -> mesh axis, or several; letters that are absent replicate, and so do the
       axes of `layout.AXES` that the mesh has not.

@@ -124,6 +124,10 @@ def test_a_slice_that_cannot_be_is_refused_by_its_name(name, line):
 @pytest.mark.parametrize("values, line", [
   (("--config.mesh.fsdp=3",), "mesh.fsdp=3.*not 4 devices"),
   (("--config.distil.batch=12", "--config.mesh.fsdp=4"), "distil.batch=12 .*fsdp=4"),
+  (("--config.mesh.tensor=2", "--config.distil.batch=12", "--config.mesh.teacher_layout=rows"),
+   "distil.batch=12 .* times mesh.data × mesh.fsdp × mesh.tensor=4"),
+  (("--config.mesh.sequence=4", "--config.data.length=254"), "data.length=254 .*mesh.sequence=4"),
+  (("--config.mesh.tensor=4",), "the student: leaf .*w_o_KJED: neither K=2 nor J=3 is"),
   (("--config.distil.store=kept",), "distil.store='kept'"),
   (("--config.plan.path=search",), "search.winner"),
 ])
