@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 ALPHABET: Mapping[str, str] = {
   "B": "batch",
@@ -74,27 +73,6 @@ def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
   if missing:
     raise ValueError(f"leaf {name!r}: no size is known for axis {missing[0]!r}")
   return tuple(sizes[letter] for letter in letters)
-
-
-def spec(name: str, rules: Mapping[str, str | tuple[str, ...] | None]) -> PartitionSpec:
-  """Returns the sharding of a leaf: each letter is looked up in `rules`, absent letters replicate.
-
-  A mesh axis shards one dimension of a leaf at most: its first letter by the order of `rules`
-  takes it, so that order is a priority.
-
-  Raises:
-    ValueError: a rule names a letter outside the alphabet.
-  """
-  unknown = set(rules) - set(ALPHABET)
-  if unknown:
-    raise ValueError(f"sharding rule for {min(unknown)!r}: not a letter of the axis alphabet")
-  letters, placed, used = of(name), {}, set()
-  for letter, mesh_axes in rules.items():
-    names = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
-    if letter in letters and names and not used & set(names):
-      placed[letter] = mesh_axes
-      used |= set(names)
-  return PartitionSpec(*(placed.get(letter) for letter in letters))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from hybridlm import axes
 
@@ -28,16 +27,6 @@ def test_shapes_follow_the_letters_and_a_letter_without_size_is_named():
   assert axes.shape("w_x_DGHP", {"D": 16, "G": 2, "H": 4, "P": 6}) == (16, 2, 4, 6)
   with pytest.raises(ValueError, match="'P'"):
     axes.shape("w_x_DGHP", {"D": 16, "G": 2, "H": 4})
-
-
-def test_sharding_reads_letters_in_the_order_of_the_rules():
-  rules = {"G": "tensor", "F": "tensor", "D": "fsdp", "H": "tensor"}
-  assert axes.spec("w_x_DGHP", rules) == PartitionSpec("fsdp", "tensor", None, None)
-  assert axes.spec("w_up_DF", rules) == PartitionSpec("fsdp", "tensor")
-  assert axes.spec("gate_gain_GHP", {}) == PartitionSpec(None, None, None)
-  assert axes.spec("w_up_DF", {"D": ("data", "fsdp")}) == PartitionSpec(("data", "fsdp"), None)
-  with pytest.raises(ValueError, match="'Y'"):
-    axes.spec("w_up_DF", {"Y": "data"})
 
 
 def test_unstack_undoes_stack_exactly():
