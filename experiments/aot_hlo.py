@@ -35,12 +35,13 @@ AXIS = re.compile(r"'(?P<name>\w+)'=(?P<size>\d+)")
 USED = re.compile(r"'(?P<name>\w+)'(?::\(\d+\)(?P<part>\d+))?")
 CHANNEL = re.compile(r"channel_id=(?P<id>\d+)")
 CONDITION = re.compile(r"condition=%?(?P<name>[\w.\-]+)")
+FUSED = re.compile(r"calls=%?(?P<name>[\w.\-]+)")
 CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((?P<n>\d+)\)")
 SCATTERED = "all-reduce-scatter"  # how a TPU names a fusion that leaves each device its part
 
 
 class Sent(NamedTuple):
-  """One collective: its kind, its channel (an operation in several pieces has one), its bytes."""
+  """One collective: its kind, its channel (which its pieces share), its bytes."""
 
   kind: str
   channel: str
@@ -73,9 +74,13 @@ def collectives(hlo: str, devices: int) -> dict[str, float]:
     for other, turns in found[name].calls if name in found else ():
       times[other] += times[name] * (_limit(found, turns) if isinstance(turns, str) else turns)
   once: dict[tuple[str, str], float] = {}
+  fused = {match["name"] for match in FUSED.finditer(hlo)}
   for name, each in found.items():
     for number, sent in enumerate(each.sent):
-      key = (sent.kind, sent.channel or f"{name} {number}")
+      # Pieces of one operation lie in fusions. What lies in loops themselves is sent as often as it
+      # stands there: copies of a loop, and other operations too, may share a channel.
+      pieces = sent.channel if name in fused and SCATTERED not in name else ""
+      key = (sent.kind, pieces or f"{name} {number}")
       # Later pieces may lie in loops that an operation goes on beside, its first does not.
       if times[name]:
         once[key] = min(once.get(key, math.inf), times[name] * sent.size)

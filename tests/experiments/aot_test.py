@@ -18,9 +18,9 @@ SMALL = (
   "--config.data.length=256", "--config.distil.batch=16", "--config.distil.accumulate=2",
 )
 
-# As compilers print it: a loop of 4 turns around a gather in two pieces, in it a loop of 5, by its
-# condition, around a sum that leaves each device its part; a sum of two arrays among pairs; a start
-# with its operand.
+# As compilers print it: a loop of 4 turns around a gather in two pieces, the second one in a loop
+# of 5 turns, by its condition, around a sum that leaves each device its part; a sum of two arrays
+# among pairs; two starts of one channel, as copies of a loop have them, with their operands.
 HLO = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -33,13 +33,21 @@ to_apply=%add
   ROOT %slice = f32[8,32]{1,0} dynamic-slice(%r, %i, %j)
 }
 
+%first (p: f32[64,32]) -> bf16[64,32] {
+  ROOT %g = bf16[64,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
+%second (p: f32[64,32]) -> bf16[64,32] {
+  ROOT %g = bf16[64,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
 %inner_body (t: (f32[64,32])) -> (f32[64,32]) {
+  %g.2 = bf16[64,32]{1,0} fusion(%t), kind=kCustom, calls=%second
   %f = f32[8,32]{1,0} fusion(%t), kind=kCustom, calls=%all-reduce-scatter.3
 }
 
 %outer_body (t: (f32[8,32])) -> (f32[8,32]) {
-  %g = bf16[64,32]{1,0} all-gather(%t), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
-  %g.2 = bf16[64,32]{1,0} all-gather(%t), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %g = bf16[64,32]{1,0} fusion(%t), kind=kCustom, calls=%first
   %w = (f32[64,32]) while(%t), condition=%turns, body=%inner_body, metadata={op_name="while"}
 }
 
@@ -52,7 +60,10 @@ ENTRY %main (a: f32[8,32]) -> f32[8,32] {
   %w = (f32[8,32]) while(%a), condition=%c, body=%outer_body, backend_config={\
 "known_trip_count":{"n":"4"},"x":1}
   %two = (f32[16]{0}, s32[4]{0}) all-reduce(%x, %y), replica_groups=mesh['a'=4,'b'=2] {'b'}
-  %s = (bf16[100]{0}, bf16[100]{0}) collective-permute-start(%z), source_target_pairs={{0,1},{1,0}}
+  %s = (bf16[100]{0}, bf16[100]{0}) collective-permute-start(%z), channel_id=9, \
+source_target_pairs={{0,1},{1,0}}
+  %s.2 = (bf16[9]{0}, bf16[9]{0}) collective-permute-start(%z), channel_id=9, \
+source_target_pairs={{0,1},{1,0}}
   %d = bf16[100]{0} collective-permute-done(%s)
 }
 """
@@ -62,7 +73,7 @@ def test_what_is_sent_counts_each_loop_as_often_as_it_turns():
   assert aot_hlo.collectives(HLO, 8) == {
     "all-gather": 4 * 64 * 32 * 2 * 7 / 8,
     "all-reduce": (16 + 4) * 4 * 2 * 1 / 2,
-    "collective-permute": 200.0,
+    "collective-permute": 200.0 + 18.0,
     "reduce-scatter": 4 * 5 * 64 * 32 * 4 * 7 / 8,
   }
   with pytest.raises(ValueError, match="no entry"):
