@@ -296,7 +296,7 @@ def get_config() -> ml_collections.ConfigDict:
     "action": "stop",
     "spike": 0.0,  # times the running median of the loss; 0: no loss is one
     "limit": 10,  # bad steps that a run may meet
-    "back": 1,  # checkpoints that "rollback" goes back
+    "back": 1,  # checkpoints that "rollback" goes back, at most the run's `keep`
   })
 
   c.tokenizer = ml_collections.ConfigDict()  # what `experiments.tokenizer` trains

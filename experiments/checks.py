@@ -62,7 +62,8 @@ def values(c: ConfigDict, grid: Mesh) -> None:
     raise ValueError(f"evaluate.ngram={c.evaluate.ngram}: more than 40 symbols never fit 64 bits")
   _batches(c, grid)
   _names(c)
-  guard.check(guard.Guard(**c.guard))
+  keep = min(c[run].keep for run in ("teacher", "distil", "correct"))
+  guard.check(guard.Guard(**c.guard), keep=keep)
   losses.check(c.distil)
   precision.check(c.distil)
   _optional(c)
@@ -91,6 +92,9 @@ def _batches(c: ConfigDict, grid: Mesh) -> None:
           f"{key}.batch={run.batch} is not a multiple of {key}.accumulate={run.accumulate} times "
           f"{' × '.join(f'mesh.{name}' for name in along)}={rows}"
         )
+      if c.evaluate.batch % rows:  # runs are watched on rows that lie as theirs do
+        raise ValueError(f"evaluate.batch={c.evaluate.batch} is not a multiple of "
+                         f"{' × '.join(f'mesh.{name}' for name in along)}={rows}")
   rows, parts = meshes.rows(grid), grid.shape.get("sequence", 1)
   for key in ("calibrate", "evaluate", "findings", "repair"):
     if c[key].batch % rows:

@@ -77,7 +77,7 @@ class Place(NamedTuple):
   def last_line(self) -> str:
     """The last line that was said, without what a library logged."""
     lines = self.log.read_text("utf-8", errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line and line[0] not in " \\t"), "")
+    return next((line for line in reversed(lines) if line and line[0] not in " \t"), "")
 
 
 def _work(place: Place, stage: str, more: Sequence[str], injury: Injury) -> None:

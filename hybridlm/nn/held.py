@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from hybridlm import axes, config
@@ -19,7 +20,7 @@ def hold(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
 
   "int8" and "fp8" (E4M3) are for the projections of blocks, with a float32 scale for every output
   channel in a leaf beside them; embedding and head are bfloat16 then. Gains, biases, taps and the
-  recurrence stay as they are. "float32" changes nothing.
+  recurrence stay as they are. "float32" changes nothing. What is in the host's memory stays there.
 
   Raises:
     ValueError: the parameters are not the canonical tree of the same config in floats.
@@ -69,7 +70,9 @@ def _scaled(leaves, dtype):
   made = dict(leaves)
   for name, leaf in leaves.items():
     if name.startswith("w_"):
-      made[name], made[config.scale_name(name)] = scaled(leaf, dtype, over=_inputs(name))
+      small = scaled(jnp.asarray(leaf), dtype, over=_inputs(name))
+      small = jax.device_get(small) if isinstance(leaf, np.ndarray) else small
+      made[name], made[config.scale_name(name)] = small
   return made
 
 

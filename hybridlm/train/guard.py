@@ -87,8 +87,8 @@ class Ledger(NamedTuple):
   jumps: Mapping[int, Any] = {}
 
 
-def check(guard: Guard) -> None:
-  """Raises unless the guard's values make sense.
+def check(guard: Guard, *, keep: int) -> None:
+  """Raises unless the guard's values make sense in a run that keeps so many checkpoints.
 
   Raises:
     ValueError: names the value and the rule.
@@ -100,6 +100,9 @@ def check(guard: Guard) -> None:
   for name in ("limit", "back"):
     if getattr(guard, name) < 1:
       raise ValueError(f"guard.{name}={getattr(guard, name)} must be at least 1")
+  if guard.action == "rollback" and guard.back > keep:
+    raise ValueError(f"guard.back={guard.back} goes back beyond the keep={keep} checkpoints that "
+                     "stay")
 
 
 def bound(guard: Guard, memory: Memory, number: int) -> float:

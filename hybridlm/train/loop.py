@@ -148,12 +148,9 @@ def _check(plan: _Plan) -> None:
     raise ValueError(f"loop: save_every={plan.save_every} needs a workdir to save in")
   metrics.check_progress(plan.progress)
   observe.check_profile(plan.watch.profile)
-  guards.check(plan.guard)
+  guards.check(plan.guard, keep=plan.keep)
   if plan.guard.action == "rollback" and plan.workdir is None:
     raise ValueError("loop: guard.action='rollback' needs a workdir with checkpoints to go back to")
-  if plan.guard.action == "rollback" and plan.guard.back > plan.keep:
-    raise ValueError(f"loop: guard.back={plan.guard.back} goes back beyond the keep={plan.keep} "
-                     "checkpoints that stay")
   json.dumps(plan.config, allow_nan=False)  # what no checkpoint could hold fails here, not later
 
 

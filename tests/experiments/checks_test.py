@@ -27,6 +27,9 @@ VALUES = [
   ("distil.kl=0.0", ["distil.kl=0.0", "distil.ce=0.0"]),
   ("distil.precision='fp4'", ["distil.precision='fp4'", "float32, bfloat16, fp8"]),
   ("distil.precision='fp8'", ["distil.precision='fp8'", "wide_ends=4", "none of the"]),
+  ("guard.action='hope'", ["guard.action='hope'", "stop, skip, rollback"]),
+  ("guard={'action': 'rollback', 'spike': 0.0, 'limit': 10, 'back': 3}",
+   ["guard.back=3", "keep=2"]),
   ("distil.wide_ends=-1", ["distil.wide_ends=-1"]),
   ("distil.teacher_precision='int4'", ["distil.teacher_precision='int4'", "int8"]),
   ("teacher.validate_every=-1", ["teacher.validate_every=-1"]),
@@ -157,6 +160,16 @@ def test_rows_and_positions_that_a_mesh_or_a_layout_cannot_divide_are_refused(
   count = math.prod(sizes.values())
   place = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count])
   with pytest.raises(ValueError, match=message):
+    checks.values(c, place)
+
+
+def test_rows_that_watch_a_run_are_divided_as_its_own_are():
+  c, sizes = quickstart_toy.get_config(), {"fsdp": 2, "tensor": 2}
+  c.mesh.layout = "rows"
+  c.teacher.batch = c.distil.batch = 4
+  c.evaluate.batch = 6
+  place = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:4])
+  with pytest.raises(ValueError, match="evaluate.batch=6 is not .*mesh.fsdp × mesh.tensor=4"):
     checks.values(c, place)
 
 

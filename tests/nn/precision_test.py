@@ -104,6 +104,16 @@ def test_held_trees_are_those_of_their_config_with_the_rest_as_it_was():
   np.testing.assert_allclose(small["scale_down_D"], np.abs(w_down_FD).max(0) / 127, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", *KINDS])
+def test_a_teacher_in_the_host_s_memory_is_held_there_and_on_no_device(kind):
+  cfg = models.make(pattern="-", held=kind)
+  params = models.params(cfg.replace(held="float32"))
+  here, there = held.hold(cfg, params), held.hold(cfg, jax.tree.map(np.asarray, params))
+  for (path, leaf), (_, wanted) in zip(axes.leaves(there), axes.leaves(here), strict=True):
+    assert isinstance(leaf, np.ndarray), path
+    np.testing.assert_array_equal(leaf, wanted)
+
+
 def test_decoding_reads_held_weights_and_leaves_fp8_to_training():
   cfg = models.make(pattern="*-", quantize="fp8", wide_ends=0, held="int8")
   params = models.params(cfg.replace(held="float32"))
