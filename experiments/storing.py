@@ -118,8 +118,7 @@ class _Writer:
     return store.first_row(files[-1]) + store.count(files[-1]) if files else 0
 
   def _seal(self, part: str, first: int, records: Sequence[bytes]) -> None:
-    if together.writes():
-      store.seal(self._folder, part, first, records)
+    together.first(lambda: store.seal(self._folder, part, first, records).name)
 
   def _records(self, batches, first: int) -> list[bytes]:
     return [record(first + n) for n, (_, record) in enumerate(self._rows(batches))]
