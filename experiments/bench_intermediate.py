@@ -58,16 +58,29 @@ def main(job: cli.Job) -> None:
   if job.dry_run:
     return
   made, results = programs(s), []
+  same = artefacts.digest(settings.plain(c))
   for seed in range(SEEDS):
     path = job.workdir / f"seed{seed}.json"
-    if not path.is_file():
-      artefacts.write_json(path, one_seed(s, made, seed))
-    results.append(artefacts.read_json(path))
+    results.append(once(path, same, lambda seed=seed: one_seed(s, made, seed)))
     print(f"seed {seed}: {results[-1]}", flush=True)
   command = f"python -m experiments.bench_intermediate --config={job.file}"
   text = "\n".join([f"# {c.name}", "", f"    {command}", "", *page(s, results), ""])
   artefacts.write_bytes(RESULT, text.encode())
   print(text)
+
+
+def once(path: pathlib.Path, same: str, make: Callable[[], Any]) -> Any:
+  """Returns what a file holds, made where there is none.
+
+  Raises:
+    ValueError: it holds what values of another digest than `same` gave.
+  """
+  if not path.is_file():
+    artefacts.write_json(path, {"config": same, "found": make()})
+  kept = artefacts.read_json(path)
+  if kept.get("config") != same:
+    raise ValueError(f"{path} holds results of other values; delete it or choose another workdir")
+  return kept["found"]
 
 
 def plan(s: Setup, params: Any) -> Plan:
