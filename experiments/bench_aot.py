@@ -29,8 +29,10 @@ forward, divergence, AdamW) of 768 x 8192 tokens, in bfloat16 with float32 weigh
 compiled by the chip's own compiler on a CPU host without that chip. Nothing here has run. GiB are a
 device's; FLOPs, of all devices and of products alone, are counted in the traced program, what is
 computed again included; GB sent are a device's, counted in the compiled program, loops as often as
-they turn, by rings. The bound is the slowest of three: products at the chip's bfloat16 peak, memory
-read for weights, moments and gradients, links at their peak.
+they turn, by rings; what a compiler writes as an all-reduce counts as one, also where it does no
+more than gather, as on v5p: there up to twice what must be sent. The bound is the slowest of three:
+products at the chip's bfloat16 peak, memory read for weights, moments and gradients, links at their
+peak.
 """
 
 CHOICE = """The config takes `block`, which fits all of these slices. Where the memory is there, as

@@ -168,7 +168,7 @@ def train(
     for seed, cfg in enumerate((student, teacher))
   )
   starts = {name: state.create(params, optimizer(kind.optimizer)) for name, kind in kinds.items()}
-  grid, spread, where = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), dict, None
+  grid, spread, where = meshes.make({"data": 1}, jax.devices()[:1]), dict, None
   if case is not None:
     grid = meshes.make(case.sizes)
     student, teacher = student.replace(layout=case.student), teacher.replace(layout=case.teacher)

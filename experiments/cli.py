@@ -86,7 +86,8 @@ def parse(argv: Sequence[str]) -> Job | None:
   )
   flags.DEFINE_string(
     "aot", None, "CHIP:SHAPE, such as v5p:4x4x4 or h200:8: compile a step of the distillation for "
-    "this slice, say if it fits and how fast it may be, and run nothing.", flag_values=values,
+    "this slice, say if it fits and how fast it may be, and run nothing; a TPU's with @memory "
+    "behind it up to where memory is laid out.", flag_values=values,
   )
   processes.define(values)
   flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
