@@ -27,12 +27,12 @@ def together(tmp_path_factory):
   path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
   extra = {"PYTHONPATH": path, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
   logs = [workdir / f"{process}.log" for process in range(2)]
-  started = [
-    subprocess.Popen(
-      [sys.executable, str(SCRIPT), str(port), str(process), str(workdir)],
-      env=os.environ | extra, stderr=logs[process].open("wb"))
-    for process in range(2)
-  ]
+  started = []
+  for process, log in enumerate(logs):
+    with log.open("wb") as said:
+      started.append(subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(port), str(process), str(workdir)],
+        env=os.environ | extra, stderr=said))
   try:
     for process, log in zip(started, logs, strict=True):
       assert process.wait(timeout=200) == 0, log.read_text()[-4000:]
