@@ -238,10 +238,13 @@ def sequence(corpus: Corpus, source: str, split: str, length: int) -> None:
   """Raises unless a split holds a sequence's tokens; reads no further than it must.
 
   Raises:
-    ValueError: too few.
+    ValueError: too few, or a template's token that the tokenizer has not.
   """
   longest = max(1, int(corpus.tokenizer.byte_lengths_V.max()))
   documents = corpus.documents(source, split)
+  for part in documents[0].parts:  # all are written by the same template
+    if part.special:
+      tokenizers.special(corpus.tokenizer, part.text, place=f"data.sources.{source}")
   # An id stands for at most `longest` bytes, and each document ends with one more.
   if sum(1 + -(-len(d.text) // longest) for d in documents) >= length:
     return

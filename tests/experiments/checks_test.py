@@ -9,6 +9,7 @@ from cases import models
 from configs import quickstart_toy
 from experiments import checks, settings
 from experiments.mistakes import is_mistake
+from hybridlm.data import pipeline, sources
 
 HUGE = 10**9
 VALUES = [
@@ -176,3 +177,16 @@ def test_rows_that_watch_a_run_are_divided_as_its_own_are():
 def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path):
   with pytest.raises(ValueError, match="teacher.batch=2 is not a multiple of .* mesh.fsdp=4"):
     settings.setup(quickstart_toy.get_config(), grid(4), cache=tmp_path)
+
+
+def test_a_template_whose_tokens_the_tokenizer_has_not_is_refused_before_anything_runs(tmp_path):
+  talk = tmp_path / "talk.jsonl"
+  talk.write_text('{"prompt": "ask", "response": "answer"}\n')
+  for template in ("labels", "chatml"):
+    source = sources.Source("talk", "instructions", str(talk), template=template)
+    found = pipeline.Corpus(pipeline.DataSpec((source,)))
+    if template == "labels":
+      checks.sequence(found, "talk", "all", 8)
+      continue
+    with pytest.raises(ValueError, match="data.sources.talk needs the special token '<.im_start"):
+      checks.sequence(found, "talk", "all", 8)
