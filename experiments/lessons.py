@@ -69,7 +69,7 @@ def _taught(s: Setup) -> Setup:
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: it is damaged, or reads other ids.
+    ValueError: it is damaged, reads other ids, or cannot be compared as the run asks for.
   """
   source = exchange.located(TEACHER, s.c.teacher.path)
   name = s.c.data.tokenizer if s.source is None else str(s.source)
@@ -78,6 +78,9 @@ def _taught(s: Setup) -> Setup:
   if cfg.real_vocabulary != s.cfg.real_vocabulary:
     raise ValueError(f"{TEACHER}={s.c.teacher.path!r} predicts {cfg.real_vocabulary} tokens, the "
                      f"job's teacher {s.cfg.real_vocabulary}: they must share a vocabulary")
+  if s.c.distil.intermediate and (cfg.D, cfg.blocks) != (s.cfg.D, s.cfg.blocks):
+    raise ValueError(f"{TEACHER}={s.c.teacher.path!r} has not the sizes of the job's teacher, by "
+                     f"which distil.intermediate={tuple(s.c.distil.intermediate)} is aligned")
   names = (s.c.mesh.layout, s.c.mesh.teacher_layout or s.c.mesh.layout)
   checks.layout(cfg, s.grid, "the teacher", names)
   return dataclasses.replace(s, source=source, cfg=cfg)

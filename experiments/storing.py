@@ -113,7 +113,12 @@ class _Writer:
       artefacts.write_json(self._folder / store.MANIFEST, made)
 
   def _rows_there(self) -> int:
-    """Returns how many rows an earlier run left; its batches and files may have been others."""
+    """Returns how many rows an earlier run left; its batches and files may have been others.
+
+    What it left half written is removed.
+    """
+    for path in self._folder.glob("*.partial"):
+      path.unlink()
     files = store.sealed(self._folder, store.TRAIN)
     return store.first_row(files[-1]) + store.count(files[-1]) if files else 0
 

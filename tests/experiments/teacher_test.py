@@ -135,6 +135,7 @@ def test_a_store_whose_writing_was_killed_goes_on_with_the_next_file(place, tmp_
   other = setup(place, distil={"batch": 3, "steps": 4}, store={"dtype": "float32", "file_mib": 2})
   found = store.Store(fill(tmp_path / "other", other, place / "teacher"))
   assert calls[5:] == [("train", 6), ("valid", 0)]
+  assert not list((tmp_path / "other").glob("*.partial"))
   monkeypatch.undo()
   found.verify()
   streams = (s.train_batches(s.c.distil, s.c.seed + 1).joined(each)
@@ -249,6 +250,13 @@ def test_a_run_may_have_a_teacher_of_its_own_for_its_store_and_its_lesson(place,
   path = str(tmp_path / "b" / artefacts.MODEL)
   s = setup(place, distil={"stages": ({"teacher": path},)})
   with pytest.raises(ValueError, match="distil.stages: stage 1: teacher=.* predicts 300 tokens, "):
+    pipeline.build(s)
+  wide = s.cfg.replace(D=s.cfg.D + 4)
+  artefacts.save_model(tmp_path / "c", wide, hybridlm.init(wide, seed=3))
+  runs = {"teacher": str(tmp_path / "c" / artefacts.MODEL)}
+  pipeline.build(setup(place, distil={"stages": (runs,)}))
+  s = setup(place, distil={"stages": (runs,), "intermediate": ("out",)})
+  with pytest.raises(ValueError, match="distil.stages: stage 1: teacher=.* has not the sizes of"):
     pipeline.build(s)
 
 
