@@ -327,7 +327,7 @@ def main(argv: Sequence[str]) -> None:
     with concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
       rows = list(pool.map(functools.partial(_row, bench), values.only))
   text = HEADER.format(
-    command="python -m experiments.faults", machine=evaluation.machine(),
+    command=" ".join(["python -m experiments.faults", *argv[1:]]), machine=evaluation.machine(),
     seconds=time.monotonic() - since, config=faults_runs.CONFIG, steps=STEPS,
     save_every=SAVE_EVERY,
   ) + "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -81,6 +81,16 @@ def test_restored_arrays_are_fresh_and_can_be_donated(folder):
   assert tiny.same(after, jax.tree.map(lambda x: x + 1, copy))
 
 
+def test_a_checkpoint_of_before_there_were_notes_is_restored_without(folder):
+  path = folder / "00000008"
+  leaves = sealed.leaves(path)
+  (path / "notes.json").unlink()
+  (path / "manifest.json").unlink()
+  sealed.seal(path, 8, leaves)
+  found = restore(folder)
+  assert tiny.same(found.state, some_state(8)) and found.notes == {}
+
+
 def test_nothing_saved_is_nothing_restored(tmp_path):
   assert restore(tmp_path) is None
   assert restore(tmp_path / "absent") is None
