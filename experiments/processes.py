@@ -243,6 +243,8 @@ class Team:
   def _end(self, line: str, code: int) -> None:
     """Ends this process at once, whatever it is in the middle of, with one line."""
     self._mouth.acquire()  # whoever comes second says nothing
+    with contextlib.suppress(OSError, ValueError):
+      sys.stdout.flush()  # nobody else will
     print(line, file=sys.stderr, flush=True)
     os._exit(code)
 

@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
 
 
 class Spread:
-  """Batches laid out on a mesh, rows along its axis `data`; the position is the inner one's."""
+  """Batches laid out on a mesh by rows and positions; where it stands is the inner one's."""
 
   def __init__(self, inner: Batches, grid: Mesh):
     self._inner, self._grid = inner, grid
