@@ -155,14 +155,16 @@ def optimizer(name: str) -> optim.Optimizer:
 
 def train(
   case: Case | None, kinds: Mapping[str, Kind], *, patterns: tuple[str, str] = PATTERNS,
-  steps: int = STEPS,
+  steps: int = STEPS, **changes: Any,
 ) -> dict[str, Run]:
   """Returns what runs of kinds of one dtype make on a mesh of all devices, by one program.
 
-  Without a case they are on one device. float64 needs `jax.enable_x64`.
+  Without a case they are on one device. float64 needs `jax.enable_x64`. `changes` are of the
+  student's config.
   """
   (dtype,) = {kind.dtype for kind in kinds.values()}
   student, teacher = (cfg.replace(dtype=dtype) for cfg in models(patterns))
+  student = student.replace(**changes)
   params, frozen = (
     jax.tree.map(lambda leaf: leaf.astype(dtype), hybridlm.init(cfg, seed=seed))
     for seed, cfg in enumerate((student, teacher))

@@ -13,19 +13,22 @@ from hybridlm import axes, layout
 PATTERNS, STEPS = ("M*", "-"), 3
 # AdamW hides a gradient that is counted twice, plain SGD does not.
 KINDS = {"adamw": bench.KINDS["float64 AdamW"], "sgd": bench.Kind("float64", "sgd", 1e-9, 1e-9)}
+# An embedding that is the head too has two gradients, and a norm a mean, over divided channels.
+STUDENT = {"tied": True, "norm": "layernorm1p"}
 
 
 @functools.cache
 def alone():
   with jax.enable_x64(True):
-    first = jax.device_get(hybridlm.init(bench.models(PATTERNS)[0], seed=0))
-    return first, bench.train(None, KINDS, patterns=PATTERNS, steps=STEPS)
+    cfg = bench.models(PATTERNS)[0].replace(**STUDENT)
+    first = jax.device_get(hybridlm.init(cfg, seed=0))
+    return first, bench.train(None, KINDS, patterns=PATTERNS, steps=STEPS, **STUDENT)
 
 
 def holds(case, share=1e-9):
   """Asserts that losses agree, and every leaf's movement up to a share; returns collectives."""
   with jax.enable_x64(True):
-    many = bench.train(case, KINDS, patterns=PATTERNS, steps=STEPS)
+    many = bench.train(case, KINDS, patterns=PATTERNS, steps=STEPS, **STUDENT)
   first, ones = alone()
   for name, one in ones.items():
     np.testing.assert_allclose(many[name].losses, one.losses, rtol=share)
