@@ -54,7 +54,8 @@ def test_one_command_goes_from_text_to_a_report(finished):
   speed = artefacts.read_json(finished / "job" / "evaluate_end" / "speed.json")
   assert speed.keys() == {"teacher", "pruned", "distilled", "scratch"}
   for name, tokens in speed.items():  # one stage timed them all, taking turns
-    row, = (line for line in text.splitlines() if line.startswith(f"| {report.NAMES[name]} | "))
+    table = text.partition("## Where the time went")[0].splitlines()
+    row, = (line for line in table if line.startswith(f"| {report.NAMES[name]} | "))
     assert row.endswith(f" {tokens:,.0f} |")
   pictures = {path.name for path in (finished / "job" / "report").glob("*.png")}
   maps = {f"importance_{name}.png" for name in ("HP", "F", "KJ", "D", "X")}
@@ -254,11 +255,11 @@ def test_rows_that_devices_cannot_share_are_refused(place):
   before = commands.files(place / "job")
   (code, _, err), (other, _, words) = commands.drive(
     [("distill", [CONFIG, "--workdir=job", *argv]) for argv in (
-      ["--config.mesh.data=8"], ["--config.mesh.data=1", "--config.mesh.model=8"])],
+      ["--config.mesh.data=8"], ["--config.mesh.data=1", "--config.mesh.tensor=8"])],
     cwd=place, XLA_FLAGS="--xla_force_host_platform_device_count=8")
   assert (code, err) == (
-    2, "teacher.batch=2 is not a multiple of teacher.accumulate=1 times mesh.data=8\n")
-  assert other == 2 and words.startswith("mesh.data=1, mesh.model=8: the teacher: leaf ")
+    2, "teacher.batch=2 is not a multiple of teacher.accumulate=1 times mesh.data × mesh.fsdp=8\n")
+  assert other == 2 and "mesh.tensor=8" in words and ": the teacher: leaf " in words, words
   assert commands.files(place / "job") == before
 
 

@@ -87,11 +87,13 @@ def test_distillation_begins_with_the_repaired_model(done):
 
 def test_the_report_has_a_row_and_a_fact_of_each_model(done):
   text = (done["report"] / "report.md").read_text()
-  rows = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ")]
+  table, _, times = text.partition("## Where the time went")
+  rows = [line.split(" | ")[0][2:] for line in table.splitlines() if line.startswith("| ")]
   assert rows[2:] == [
     "teacher", "teacher, corrected", "round 1: pruned", "round 1: pruned + repaired",
     "round 1: pruned + distilled", "pruned", "pruned + repaired", "pruned + distilled",
   ]
+  assert all(f"| {name} | " in times for name in ("teacher, corrected", "pruned + distilled"))
   for words in ("* round 1: Small model: ", "* Corrected teacher: distilled from, the teacher",
                 "* Repaired: least squares of 2 output projections", "* Correction of the teacher ",
                 "* Training, round 1: pruned + distilled: 2 steps", "* Repair before distillation"):
