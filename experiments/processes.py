@@ -229,7 +229,8 @@ class Team:
   def _verdict(self, error: BaseException) -> tuple[str, int]:
     """Returns why the job ends, in a line, and its exit code."""
     text = " ".join(str(error).split())
-    if isinstance(error, mistakes.TYPES) and mistakes.is_mistake(error):
+    mistake = isinstance(error, mistakes.TYPES) and mistakes.is_mistake(error)
+    if mistake and not _left_alone(error):
       return text, MISTAKE
     line = (f"process {self.index} of {self.count} failed: {type(error).__name__}: {text[:300]}; "
             "the same command goes on from what is saved")
@@ -294,6 +295,15 @@ class Team:
   def _lost(self, process: int, how: str) -> str:
     return (f"process {process} of {self.count} {how}: all processes end; the same command goes on "
             "from what is saved")
+
+
+def _left_alone(error: BaseException) -> bool:
+  """Whether what lies beneath an error of ours is a computation that another process left."""
+  cause = error.__cause__
+  if cause is None:
+    return False
+  return isinstance(cause, RuntimeError) and bool(ALONE_AGAIN.search(str(cause))) or (
+    _left_alone(cause))
 
 
 ALONE = Team()

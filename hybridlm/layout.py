@@ -122,8 +122,22 @@ def constrain(
   along = free()
   if not along:
     return x
-  where = spec(f"activation {letters}", letters, x.shape, LAYOUTS[layout].activations, along)
+  where = activation(layout, f"activation {letters}", letters, x.shape, along)
   return jax.lax.with_sharding_constraint(x, where)
+
+
+def activation(
+  layout: str, owner: str, letters: str, shape: tuple[int, ...], along: Mapping[str, int]
+) -> PartitionSpec:
+  """Returns how an activation is divided, as `spec` does; one row alone is on every device.
+
+  Raises:
+    ValueError: a size that the mesh does not divide.
+  """
+  rules = LAYOUTS[layout].activations
+  if dict(zip(letters, shape, strict=False)).get("B") == 1:
+    rules = {letter: mesh_axes for letter, mesh_axes in rules.items() if letter != "B"}
+  return spec(owner, letters, shape, rules, along)
 
 
 def used(

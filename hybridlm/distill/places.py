@@ -62,17 +62,19 @@ def sizes() -> dict[str, int]:
 def of(batch: int, length: int, width: int) -> Place:
   """Returns who computes what of a loss over [batch, length] tokens, by the mesh in force.
 
+  One row alone is computed on every device.
+
   Raises:
     ValueError: rows or positions that the devices along their axes do not divide.
   """
   found = sizes()
-  rows = tuple(name for name in ROWS if name in found)
+  rows = tuple(name for name in ROWS if name in found and batch > 1)
   for letter, size, names in (("B", batch, rows), ("L", length, (POSITIONS,))):
     devices = math.prod(found.get(name, 1) for name in names)
     if size % devices:
       where = ", ".join(f"{name}={found[name]}" for name in names)
       raise ValueError(f"loss: {letter}={size} is not a multiple of the devices along {where}")
-  scatter = ROWS[1] if ROWS[1] in found and width % found[ROWS[1]] == 0 else None
+  scatter = ROWS[1] if ROWS[1] in rows and width % found[ROWS[1]] == 0 else None
   positions, columns = (name if name in found else None for name in (POSITIONS, COLUMNS))
   return Place(rows, positions, columns, scatter)
 

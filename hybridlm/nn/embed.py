@@ -26,7 +26,7 @@ def lookup(
   if not along:
     return embed_VD[token_BL].astype(cfg.dtype)
   table_spec = layout.spec("w_embed_VD", "VD", embed_VD.shape, table.parameters, along)
-  token_spec = layout.spec("token_BL", "BL", token_BL.shape, table.activations, along)
+  token_spec = layout.activation(cfg.layout, "token_BL", "BL", token_BL.shape, along)
   rows, columns = (layout.names(mesh_axes) for mesh_axes in table_spec)
   shared = tuple(name for name in columns if name in layout.names(token_spec[0]))
 

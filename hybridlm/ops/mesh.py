@@ -34,13 +34,14 @@ def along(letter: str, mesh_axes: MeshAxes) -> tuple[str, ...]:
 def divided(sizes: Mapping[str, int], mesh_axes: MeshAxes, owner: str) -> dict[str, tuple]:
   """Returns letter -> axes of the mesh in force that divide arrays of these letters.
 
-  G that does not divide falls to H, and K to J; arrays that have no such letter are whole then.
+  G that does not divide falls to H, and K to J; arrays that have no such letter are whole then. One
+  row alone is whole on every device.
   Raises ValueError, naming `owner`, for a size that the devices do not divide.
   """
   found, where = free(), {}
   for letter in mesh_axes:
     names = along(letter, mesh_axes)
-    if letter not in sizes or not names:
+    if letter not in sizes or not names or (letter, sizes[letter]) == ("B", 1):
       continue
     devices, other = math.prod(found[name] for name in names), STAND_INS.get(letter)
     if sizes[letter] % devices == 0:

@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_said_with_what_helps(values, needed, line):
 
 @pytest.mark.ahead
 @pytest.mark.parametrize(
-  "name, along", [("v5e:2x2", "fsdp=4"), ("v5e:2x2@memory", "sequence=2"), ("h200:4", "tensor=4")])
+  "name, along", [("v5e:2x2", "fsdp=4"), ("v5e:2x2@memory", "sequence=2"), ("h200:4", "tensor=2")])
 def test_a_step_compiles_for_a_slice_and_its_parts_are_divided(name, along):
   line = ahead.missing(name.partition(":")[0])
   if line is not None:
