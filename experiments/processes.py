@@ -229,12 +229,12 @@ class Team:
   def _verdict(self, error: BaseException) -> tuple[str, int]:
     """Returns why the job ends, in a line, and its exit code."""
     text = " ".join(str(error).split())
-    mistake = isinstance(error, mistakes.TYPES) and mistakes.is_mistake(error)
-    if mistake and not _left_alone(error):
+    left = _left_alone(error)
+    if not left and isinstance(error, mistakes.TYPES) and mistakes.is_mistake(error):
       return text, MISTAKE
     line = (f"process {self.index} of {self.count} failed: {type(error).__name__}: {text[:300]}; "
             "the same command goes on from what is saved")
-    if not ALONE_AGAIN.search(text):
+    if not (left or ALONE_AGAIN.search(text)):
       return line, FAILED
     # Another has ended, and its signs of life too: the thread that listens will say so, and end
     # this process.
