@@ -1,5 +1,6 @@
 """Several processes of one job: where they stand, what they tell each other, how they end."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -196,20 +197,24 @@ def test_a_process_that_sees_another_workdir_says_so(tmp_path, monkeypatch):
 
 
 @pytest.fixture(name="ends")
-def _ends(monkeypatch):
+def _ends():
   """What processes that end at once would have said, and their exit codes."""
   found = []
 
   class Ended(BaseException):
     pass
 
-  def end(team, line, code):
-    found.append((team.index, line, code))
-    raise Ended
+  # A team of its own kind: its threads may come to their end after the test has.
+  class Team(processes.Team):
+    def _end(self, line, code):
+      found.append((self.index, line, code))
+      raise Ended
 
-  monkeypatch.setattr(processes.Team, "_end", end)
-  monkeypatch.setattr(threading, "excepthook", lambda _: None)
-  return found, Ended
+    def _watch(self):
+      with contextlib.suppress(Ended):
+        super()._watch()
+
+  return found, Ended, Team
 
 
 def wait_for(found, expected):
@@ -221,9 +226,9 @@ def wait_for(found, expected):
 
 
 def test_a_mistake_of_one_process_ends_all_with_its_line(ends):
-  found, ended = ends
+  found, ended, team_of = ends
   store = Store(3)
-  teams = [processes.Team(store, index, 3, heartbeat=5) for index in range(3)]
+  teams = [team_of(store, index, 3, heartbeat=5) for index in range(3)]
   for index in (0, 1):
     threading.Thread(target=teams[index]._watch, daemon=True).start()
   with pytest.raises(ended):
@@ -235,9 +240,9 @@ def test_a_mistake_of_one_process_ends_all_with_its_line(ends):
 
 
 def test_process_0_ends_when_the_others_have_heard_why(ends):
-  found, ended = ends
+  found, ended, team_of = ends
   store = Store(3)
-  teams = [processes.Team(store, index, 3, heartbeat=5) for index in range(3)]
+  teams = [team_of(store, index, 3, heartbeat=5) for index in range(3)]
   for team in teams[1:]:
     threading.Thread(target=team._watch, daemon=True).start()
   with pytest.raises(ended):
@@ -262,10 +267,10 @@ def test_what_fails_because_another_process_died_is_no_mistake(monkeypatch):
 
 def test_a_process_without_a_sign_of_life_ends_all(ends, monkeypatch):
   monkeypatch.setattr(processes, "GRACE", 0.2)
-  found, _ = ends
+  found, _, team_of = ends
   store = Store(3)
   for index in (0, 1):  # the third one never comes
-    team = processes.Team(store, index, 3, heartbeat=0.5)
+    team = team_of(store, index, 3, heartbeat=0.5)
     threading.Thread(target=team._watch, daemon=True).start()
   assert wait_for(found, {(0, processes.LOST), (1, processes.LOST)})
   (line,) = {line for _, line, _ in found}
@@ -279,10 +284,10 @@ def test_a_process_without_a_sign_of_life_ends_all(ends, monkeypatch):
 ])
 def test_what_another_left_alone_is_to_be_tried_again_and_a_bug_is_not(ends, monkeypatch, error,
                                                                        code):
-  found, ended = ends
+  found, ended, team_of = ends
   monkeypatch.setattr(processes, "GRACE", 0.0)
   with pytest.raises(ended):
-    processes.Team(Store(2), 1, 2, heartbeat=0.01).__exit__(type(error), error, None)
+    team_of(Store(2), 1, 2, heartbeat=0.01).__exit__(type(error), error, None)
   (_, line, ended_with), = found
   assert ended_with == code and line.startswith(f"process 1 of 2 failed: {type(error).__name__}")
 
