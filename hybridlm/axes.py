@@ -24,6 +24,7 @@ ALPHABET: Mapping[str, str] = {
   "K": "key-value heads",
   "J": "queries per key-value head",
   "E": "attention head width",
+  "U": "attention value width, where it is not E",
   "G": "SSM groups",
   "H": "SSM heads per group",
   "P": "SSM head channels",
@@ -32,6 +33,7 @@ ALPHABET: Mapping[str, str] = {
   "R": "dt rank (Mamba-1)",
   "T": "top tokens of the teacher",
   "X": "stacked layers",
+  "Y": "channels where parallel branches meet",
 }
 
 

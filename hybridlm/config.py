@@ -5,24 +5,27 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybridlm import axes, layout, presets
+from hybridlm import axes, layout, patterns, presets
 from hybridlm.blocks import (
   KINDS,
   Attention,
   Block,
+  Fusion,
   GatedConv,
-  Llama3Scaling,
   Mamba,
+  Mamba1,
   Mlp,
-  Rope,
-  one_of,
-  positive,
+  Parallel,
+  attention_of,
+  ssm_of,
 )
+from hybridlm.fields import one_of, positive
+from hybridlm.rotary import Llama3Scaling, Rope
 
 __all__ = [
-  "KINDS", "PRESETS", "Attention", "Block", "GatedConv", "Llama3Scaling", "Mamba", "Mlp",
-  "ModelConfig", "Rope", "block_name", "check", "leaf_names", "parameters", "scale_name",
-  "shapes",
+  "KINDS", "PRESETS", "Attention", "Block", "Fusion", "GatedConv", "Llama3Scaling", "Mamba",
+  "Mamba1", "Mlp", "ModelConfig", "Parallel", "Rope", "attention_of", "block_name", "check",
+  "leaf_names", "parameters", "scale_name", "shapes", "ssm_of",
 ]  # the block kinds are part of the config: import them from here
 
 NORMS = ("rmsnorm", "layernorm1p")
@@ -47,6 +50,8 @@ class ModelConfig:
     V: rows of the embedding.
     D: residual width.
     blocks: the blocks in order; sizes may differ from block to block.
+    meta: M learnable vectors before every document, which all its tokens see (arXiv 2411.13676);
+      positions, losses and logits are counted without them.
     norm: "rmsnorm" or "layernorm1p" (gains are stored as the factor applied, 1 + w).
     eps: added to the mean square inside every norm.
     tied: whether the head is the transposed embedding.
@@ -73,6 +78,7 @@ class ModelConfig:
   V: int
   D: int
   blocks: tuple[Block, ...]
+  meta: int = 0
   norm: str = "rmsnorm"
   eps: float = 1e-5
   tied: bool = False
@@ -110,6 +116,53 @@ class ModelConfig:
     if self.vocabulary is not None and not 1 <= self.vocabulary <= self.V:
       raise ValueError(f"ModelConfig: vocabulary={self.vocabulary} must lie in 1..V={self.V}")
     self._check_precision()
+    self._check_meta()
+    self._check_shared()
+
+  def _check_meta(self) -> None:
+    if type(self.meta) is not int or self.meta < 0:
+      raise ValueError(f"ModelConfig: meta={self.meta!r} must be a number of meta tokens")
+    if self.context is not None and self.meta >= self.context:
+      raise ValueError(f"ModelConfig: meta={self.meta} tokens leave no place for text in a context "
+                       f"of {self.context}")
+
+  def _check_shared(self) -> None:
+    for index, owner in enumerate(self.owners):
+      mine = attention_of(self.blocks[index])
+      if mine is None or not mine.shared:
+        continue
+      if owner is None:
+        raise ValueError(f"ModelConfig: block {index} shares keys and values, but no attention "
+                         "stands before it")
+      theirs = attention_of(self.blocks[owner])
+      if mine.keys != theirs.keys:
+        names = ("K", "E", "U", "window", "rope")
+        name, own, other = next(
+          each for each in zip(names, mine.keys, theirs.keys, strict=True) if each[1] != each[2])
+        raise ValueError(
+          f"ModelConfig: block {index} shares keys and values with block {owner}, but has "
+          f"{name}={own} where that has {name}={other}; the blocks of a group agree on "
+          f"{', '.join(names)}, and lie between global ones"
+        )
+
+  @property
+  def owners(self) -> tuple[int | None, ...]:
+    """For each block, the one whose keys and values its attention reads: itself, or another."""
+    found, latest = [], None
+    for index, block in enumerate(self.blocks):
+      attention = attention_of(block)
+      latest = index if attention is not None and not attention.shared else latest
+      found.append(latest if attention is not None else None)
+    return tuple(found)
+
+  @property
+  def kv_groups(self) -> tuple[tuple[int, ...], ...]:
+    """Blocks that read the same keys and values, first the one that has them; of two or more."""
+    groups: dict[int, list[int]] = {}
+    for index, owner in enumerate(self.owners):
+      if owner is not None:
+        groups.setdefault(owner, []).append(index)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
   def _check_precision(self) -> None:
     one_of("ModelConfig", "quantize", self.quantize, QUANTIZED)
@@ -128,37 +181,29 @@ class ModelConfig:
 
     Args:
       pattern: one character a block: `M` Mamba-2, `*` attention, `-` MLP, `C` Mamba-2 without its
-        state.
+        state, `S` Mamba-1, `=` attention and an SSM side by side.
       V: vocabulary rows.
       D: residual width.
       **sizes: any field of the block kinds in the pattern or of `ModelConfig`, by name. `bias`
-        holds for attention and MLP alike.
+        holds for attention and MLP alike. For `=` also `ssm` ("mamba2" or "mamba1") and `fusion`
+        ("mean" or "sum"). Where there is attention, `global_layers` (those without the window) and
+        `kv_groups` (tuples of layers that share keys and values), counted over layers with
+        attention.
 
     Raises:
-      ValueError: an unknown block letter, a size nobody uses, a size that a block misses.
+      ValueError: an unknown block letter, a size nobody uses, a size that a block misses, branches
+        of other widths than the fusion's, groups that cross a global layer.
     """
-    unknown = sorted(set(pattern) - set(KINDS))
-    if unknown:
-      raise ValueError(f"pattern {pattern!r}: {unknown[0]!r} is not one of {' '.join(KINDS)}")
     own = {field.name for field in dataclasses.fields(cls)} - {"V", "D", "blocks"}
-    used = set(sizes) & own
-    made = {}
-    for symbol in sorted(set(pattern)):
-      fields = dataclasses.fields(KINDS[symbol])
-      chosen = {field.name: sizes[field.name] for field in fields if field.name in sizes}
-      missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in sizes]
-      if missing:
-        raise ValueError(f"pattern {pattern!r}: block {symbol!r} needs the size {missing[0]}")
-      used |= set(chosen)
-      made[symbol] = KINDS[symbol](**chosen)
-    if set(sizes) - used:
-      raise ValueError(f"pattern {pattern!r}: nothing in it uses {min(set(sizes) - used)!r}")
+    blocks, used = patterns.blocks(pattern, sizes)
+    if set(sizes) - used - own:
+      raise ValueError(f"pattern {pattern!r}: nothing in it uses {min(set(sizes) - used - own)!r}")
     rest = {name: sizes[name] for name in set(sizes) & own}
-    return cls(V=V, D=D, blocks=tuple(made[symbol] for symbol in pattern), **rest)
+    return cls(V=V, D=D, blocks=blocks, **rest)
 
   @property
   def pattern(self) -> str:
-    """One character a block: `M` Mamba-2, `*` attention, `-` MLP, `C` Mamba-2 without a state."""
+    """One character a block, as `from_pattern` takes them."""
     return "".join(block.symbol for block in self.blocks)
 
   @property
@@ -184,6 +229,8 @@ class ModelConfig:
     """
     if letter in ("V", "D"):
       return getattr(self, letter)
+    if letter == "M" and self.meta:
+      return self.meta
     found = {getattr(block, letter) for block in self.blocks if letter in block.axes}
     if len(found) != 1:
       what = f"blocks disagree: {sorted(found)}" if found else "no block has this axis"
@@ -206,11 +253,7 @@ class ModelConfig:
   def to_dict(self) -> dict[str, Any]:
     """Returns the config as plain values that JSON can hold (infinity as a string)."""
     plain = dataclasses.asdict(self)
-    plain["blocks"] = [{"kind": block.symbol, **dataclasses.asdict(block)} for block in self.blocks]
-    for block in plain["blocks"]:
-      if "dt_limits" in block:
-        block["dt_limits"] = [x if math.isfinite(x) else str(x) for x in block["dt_limits"]]
-    return plain
+    return plain | {"blocks": [patterns.to_plain(block) for block in self.blocks]}
 
   @classmethod
   def from_dict(cls, plain: Mapping[str, Any]) -> "ModelConfig":
@@ -220,27 +263,11 @@ class ModelConfig:
       ValueError: a field or a block kind that no config has, or a field that is missing.
     """
     try:
-      blocks = tuple(_block_from_dict(index, block) for index, block in enumerate(plain["blocks"]))
+      blocks = tuple(
+        patterns.from_plain(f"block {index}", block) for index, block in enumerate(plain["blocks"]))
       return cls(**(dict(plain) | {"blocks": blocks}))
     except (KeyError, TypeError) as error:
       raise ValueError(f"model config: {error}") from error
-
-
-def _block_from_dict(index: int, plain: Mapping[str, Any]) -> Block:
-  fields = dict(plain)
-  symbol = fields.pop("kind", None)
-  if symbol not in KINDS:
-    raise ValueError(f"model config: block {index} has kind {symbol!r}, known: {' '.join(KINDS)}")
-  if "dt_limits" in fields:
-    fields["dt_limits"] = tuple(float(limit) for limit in fields["dt_limits"])
-  if fields.get("rope") is not None:
-    rope = dict(fields["rope"])
-    if rope.get("scaling") is not None:
-      rope["scaling"] = Llama3Scaling(**rope["scaling"])
-    if rope.get("frequency") is not None:
-      rope["frequency"] = tuple(rope["frequency"])
-    fields["rope"] = Rope(**rope)
-  return KINDS[symbol](**fields)
 
 
 def block_name(index: int) -> str:
@@ -272,7 +299,7 @@ def leaf_names(cfg: ModelConfig) -> dict[str, Any]:
   """Returns the canonical tree of a model with each leaf its own name, axes included."""
   norm = ("norm_gain_D",) if cfg.norm == "rmsnorm" else ("norm_gain_D", "norm_bias_D")
   folders = {
-    "embed": ("w_embed_VD",),
+    "embed": ("w_embed_VD", *(("meta_MD",) if cfg.meta else ())),
     "final": norm,
     **({} if cfg.tied else {"head": ("w_head_DV",)}),
   }
@@ -289,7 +316,7 @@ def leaf_names(cfg: ModelConfig) -> dict[str, Any]:
 def shapes(cfg: ModelConfig) -> dict[str, Any]:
   """Returns the canonical tree of a model with each leaf its shape, from names and sizes alone."""
   names = leaf_names(cfg)
-  outer = {"V": cfg.V, "D": cfg.D}
+  outer = {"V": cfg.V, "D": cfg.D, "M": cfg.meta}
   tree = {
     key: {name: axes.shape(name, outer) for name in folder}
     for key, folder in names.items()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybridlm.blocks import Llama3Scaling, Rope
+from hybridlm.rotary import Llama3Scaling, Rope
 
 
 def _nemotron_h(pattern: str, *, D: int, F: int, J: int, H: int, P: int = 64, N: int = 128):
@@ -32,6 +32,26 @@ def _mamba2(*, D: int):
   }
 
 
+def _hymba(*, layers: int, D: int, F: int, K: int, J: int):
+  """Hymba: attention and Mamba-1 in every layer, values twice as wide as keys; 128 meta tokens.
+
+  The first, the middle and the last layer see everything; layers between share keys and values by
+  two, and by three where they are an odd number.
+  """
+  far = (0, layers // 2 - 1, layers - 1)
+  groups: list[tuple[int, ...]] = []
+  for after, before in zip(far, far[1:], strict=False):
+    inner = list(range(after + 1, before))
+    first = len(inner) % 2 + 2
+    groups += [tuple(inner[:first]), *zip(inner[first::2], inner[first + 1 :: 2], strict=True)]
+  return {
+    "pattern": "=-" * layers, "V": 32001, "D": D, "F": F, "K": K, "J": J, "E": 64, "U": 128,
+    "window": 1024, "rope": Rope(base=10000.0), "global_layers": far, "kv_groups": tuple(groups),
+    "ssm": "mamba1", "H": 2 * D, "N": 16, "R": D // 16, "W": 4, "meta": 128, "tied": True,
+    "activation": "swiglu", "eps": 1e-6, "context": 8192, "dtype": "bfloat16", "remat": "block",
+  }
+
+
 _LAYERS_52 = "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-"
 _LAYERS_118 = "M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-"
 _LAYERS_98 = (
@@ -43,7 +63,7 @@ _LAYERS_56 = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 _LAYERS_42 = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
 
 # Patterns and sizes: arXiv 2504.03624, 2504.11409, 2508.14444, 2402.16819, 2407.14679, 2405.21060,
-# 2407.21783 and the published configurations.
+# 2407.21783, 2411.13676 and the published configurations.
 SIZES: Mapping[str, Mapping[str, Any]] = {
   "nemotron_h_8b": _nemotron_h(_LAYERS_52, D=4096, F=21504, J=4, H=16),
   "nemotron_h_4b": _nemotron_h(_LAYERS_52, D=3072, F=12288, J=4, H=14),
@@ -57,6 +77,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
   "minitron_4b": _nemotron_4(D=3072, F=9216, J=3),
   "mamba2_1p3b": _mamba2(D=2048),
   "mamba2_780m": _mamba2(D=1536),
+  "hymba_125m": _hymba(layers=24, D=512, F=1664, K=4, J=2),
+  "hymba_350m": _hymba(layers=32, D=768, F=2432, K=4, J=3),
+  "hymba_1p5b": _hymba(layers=32, D=1600, F=5504, K=5, J=5),
   "llama_3p1_8b": {
     "pattern": "*-" * 32, "V": 128256, "D": 4096, "F": 14336, "K": 8, "J": 4, "E": 128,
     "rope": Rope(500000.0, scaling=Llama3Scaling(factor=8.0, low=1.0, high=4.0, context=8192)),

@@ -28,13 +28,22 @@ PUBLISHED = {
 }
 
 
+# Rounded as they were published: arXiv 2411.13676 and the name of the checkpoint.
+HYMBA = {"hymba_125m": 125e6, "hymba_350m": 350e6, "hymba_1p5b": 1.52e9}
+
+
+@pytest.mark.parametrize("name", HYMBA)
+def test_presets_of_hymba_have_their_size(name):
+  assert config.parameters(config.PRESETS[name]) == pytest.approx(HYMBA[name], rel=0.04)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_number_of_parameters(name):
   assert config.parameters(config.PRESETS[name]) == PUBLISHED[name]
 
 
 def test_presets_are_exactly_the_published_family():
-  assert set(config.PRESETS) == set(PUBLISHED)
+  assert set(config.PRESETS) == {*PUBLISHED, *HYMBA}
   assert config.PRESETS["mamba2_1p3b"].real_vocabulary == 50277
   depth = {name: len(cfg.blocks) for name, cfg in config.PRESETS.items()}
   assert depth["nemotron_h_8b"] == 52 and depth["nemotron_nano_2_9b"] == 56

@@ -42,6 +42,11 @@ def _a_log(key, shape, cfg):
   return jnp.log(jax.random.uniform(key, shape, minval=A_RANGE[0], maxval=A_RANGE[1]))
 
 
+def _a_log_by_state(key, shape, cfg):
+  """Logarithm of -A, with -A = 1, 2, ... N for the numbers of a channel's state (Mamba-1)."""
+  return jnp.log(jnp.broadcast_to(jnp.arange(1.0, shape[-1] + 1), shape))
+
+
 def _ones(key, shape, cfg):
   return jnp.ones(shape)
 
@@ -52,11 +57,14 @@ def _zeros(key, shape, cfg):
 
 INITS: Mapping[str, Init] = {
   **dict.fromkeys(
-    "w_embed w_head w_z w_x w_b w_c w_dt w_q w_k w_v w_up w_gate".split(), _projection
+    "w_embed w_head w_z w_x w_b w_c w_dt w_q w_k w_v w_up w_gate meta in_rank in_b in_c in_dt"
+    .split(), _projection
   ),
   **dict.fromkeys("w_out w_o w_down".split(), _output),
   **dict.fromkeys("conv_x conv_b conv_c".split(), _taps),
-  **dict.fromkeys("norm_gain gate_gain skip".split(), _ones),
+  **dict.fromkeys(
+    "norm_gain gate_gain skip attention_gain ssm_gain rank_gain b_gain c_gain".split(), _ones
+  ),
   **{f"scale_{stem}": _ones for stem in "z x b c dt out q k v o up gate down".split()},
   **dict.fromkeys(
     "norm_bias conv_bias_x conv_bias_b conv_bias_c b_q b_k b_v b_o b_up b_gate b_down".split(),
@@ -64,6 +72,7 @@ INITS: Mapping[str, Init] = {
   ),
   "dt_bias": _dt_bias,
   "a_log": _a_log,
+  "a_log_GHN": _a_log_by_state,  # names with axes stand before stems
 }
 
 
@@ -76,7 +85,8 @@ class Leaves(nn.Module):
   @nn.compact
   def __call__(self) -> dict[str, jax.Array]:
     return {
-      name: self.param(name, INITS[axes.stem(name)], shape, self.cfg) for name, shape in self.shapes
+      name: self.param(name, INITS.get(name, INITS[axes.stem(name)]), shape, self.cfg)
+      for name, shape in self.shapes
     }
 
 

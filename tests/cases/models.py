@@ -16,6 +16,12 @@ from hybridlm.prune.trees import tree_hash
 
 SIZES = {"V": 31, "D": 16, "F": 24, "K": 2, "J": 3, "E": 10, "G": 2, "H": 4, "P": 6, "N": 5, "W": 4}
 PATTERN = "M-M*-"
+# What a block of each kind takes of SIZES; side by side, U makes both branches 48 channels wide.
+TAKES = {"M": "GHPNW", "C": "GHPW", "*": "KJE", "-": "F", "S": "HNRW", "=": "KJEUGHPNRW"}
+SIDES = {
+  "mamba2": {"U": 8, "chunk": 8},
+  "mamba1": {"U": 8, "ssm": "mamba1", "G": 1, "H": 48, "P": 1, "R": 7, "chunk": 8},
+}
 VARIANTS = {
   "untied": {},
   "tied": {"tied": True},
@@ -28,9 +34,19 @@ VARIANTS = {
 
 def make(variant="untied", pattern=PATTERN, **changes):
   """Returns the config of a variant; `changes` override sizes and fields."""
-  used = "VD" + "".join(KINDS[symbol].axes for symbol in set(pattern) & set(KINDS))
+  used = "VD" + "".join(TAKES[symbol] for symbol in set(pattern) & set(KINDS))
   sizes = {letter: size for letter, size in SIZES.items() if letter in used}
   return hybridlm.ModelConfig.from_pattern(pattern, **{**sizes, **VARIANTS[variant], **changes})
+
+
+def hymba(ssm="mamba2", pattern="=-=-=-=-", **changes):
+  """Returns a small Hymba: the first and the last layer global, those between share keys."""
+  layers = pattern.count("=")
+  shared = {"kv_groups": (tuple(range(1, layers - 1)),)} if layers > 3 else {}
+  return make(pattern=pattern, **{
+    **SIDES[ssm], "activation": "swiglu", "rope": Rope(), "window": 11, "meta": 9, "tied": True,
+    "global_layers": (0, layers - 1), **shared, **changes,
+  })
 
 
 @functools.cache
