@@ -1,7 +1,8 @@
-"""What decoding remembers: constant-size states of Mamba blocks, key-value slots of attention.
+"""What decoding remembers: constant-size states of SSM blocks, key-value slots of attention.
 
 Position p of a row lies in slot p mod S, so that a cache of all positions and one of the last
-`window` positions are one formula.
+`window` positions are one formula. Attention that shares another block's keys has no slots. What
+meta tokens leave behind is the same for all rows, and held once.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridlm.config import Attention, Block, GatedConv, Mamba, ModelConfig
+from hybridlm.config import (
+  Attention,
+  Block,
+  GatedConv,
+  Mamba,
+  Mamba1,
+  ModelConfig,
+  Parallel,
+  attention_of,
+)
 
 
 class MambaState(NamedTuple):
@@ -23,6 +33,13 @@ class MambaState(NamedTuple):
   ssm_BGHPN: Float[Array, "B G H P N"]
 
 
+class Mamba1State(NamedTuple):
+  """The last W - 1 inputs of the convolution, in the compute dtype, and the SSM state."""
+
+  conv_BW: Float[Array, "B _ channels"]
+  ssm_BGHN: Float[Array, "B G H N"]
+
+
 class ConvState(NamedTuple):
   """The last W - 1 inputs of the convolution of a block without a state, in the compute dtype."""
 
@@ -30,13 +47,26 @@ class ConvState(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-  """Keys, after their rotation, and values of the last S positions, in the compute dtype."""
+  """Keys, after their rotation, and values of the last S positions, in the compute dtype.
+
+  Values are U wide where attention has such a width.
+  """
 
   k_BKSE: Float[Array, "B K S E"]
-  v_BKSE: Float[Array, "B K S E"]
+  v_BKSE: Float[Array, "B K S width"]
 
 
-State = MambaState | ConvState | AttentionState | None
+SsmState = MambaState | Mamba1State | ConvState
+
+
+class ParallelState(NamedTuple):
+  """The states of both branches; None: the branch is off, or reads another block's keys."""
+
+  attention: AttentionState | None
+  ssm: SsmState | None
+
+
+State = SsmState | AttentionState | ParallelState | None
 
 
 class Cache(NamedTuple):
@@ -64,19 +94,38 @@ def empty(cfg: ModelConfig, batch: int, size: int) -> Cache:
 
 
 def _state(cfg: ModelConfig, block: Block, batch: int, size: int) -> State:
-  if isinstance(block, Mamba):
-    channels = block.G * (block.H * block.P + 2 * block.N)
-    return MambaState(
-      jnp.zeros((batch, block.W - 1, channels), cfg.dtype),
-      jnp.zeros((batch, block.G, block.H, block.P, block.N), jnp.float32),
-    )
-  if isinstance(block, GatedConv):
-    channels = block.G * block.H * block.P
-    return ConvState(jnp.zeros((batch, block.W - 1, channels), cfg.dtype))
+  if isinstance(block, Parallel):
+    parts = (block.attention, block.ssm)
+    return ParallelState(*(_state(cfg, part, batch, size) if part else None for part in parts))
   if isinstance(block, Attention):
-    shape = (batch, block.K, slots(block, size), block.E)
-    return AttentionState(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+    if block.shared:
+      return None
+    lead = (batch, block.K, slots(block, size))
+    return AttentionState(
+      jnp.zeros((*lead, block.E), cfg.dtype), jnp.zeros((*lead, block.U or block.E), cfg.dtype))
+  if isinstance(block, (Mamba, Mamba1, GatedConv)):
+    return _ssm(cfg, block, batch)
   return None
+
+
+def _ssm(cfg: ModelConfig, block: Mamba | Mamba1 | GatedConv, batch: int) -> SsmState:
+  inner = block.G * block.H * block.P
+  channels = inner + 2 * block.G * block.N if isinstance(block, Mamba) else inner
+  conv_BW = jnp.zeros((batch, block.W - 1, channels), cfg.dtype)
+  if isinstance(block, Mamba):
+    shape = (batch, block.G, block.H, block.P, block.N)
+    return MambaState(conv_BW, jnp.zeros(shape, jnp.float32))
+  if isinstance(block, Mamba1):
+    return Mamba1State(conv_BW, jnp.zeros((batch, block.G, block.H, block.N), jnp.float32))
+  return ConvState(conv_BW)
+
+
+def keys_of(block: Block, state: State) -> AttentionState | None:
+  """Returns the slots that blocks after this one may read too; None: it has none of its own."""
+  own = attention_of(block)
+  if own is None or own.shared:
+    return None
+  return state.attention if isinstance(block, Parallel) else state
 
 
 def nbytes(cfg: ModelConfig, batch: int, size: int) -> int:
