@@ -45,7 +45,9 @@ def mix(
   ))
   count_G = (count or {}).get("count_G")
   leaves = {**leaves, "w_out_GHPD": cast["w_out_GHPD"]}
-  y_BLD, y_BLGHP = mamba.finish(cfg, leaves, _skip(leaves, u_BLGHP), z_BLGHP, count_G=count_G)
+  y_BLD, y_BLGHP = mamba.finish(
+    cfg, block, leaves, _skip(leaves, u_BLGHP), z_BLGHP, count_G=count_G
+  )
   return y_BLD, {"x_BLGHP": x_BLGHP, "z_BLGHP": z_BLGHP, "u_BLGHP": u_BLGHP, "y_BLGHP": y_BLGHP}
 
 
@@ -64,7 +66,7 @@ def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
   if "conv_bias_x_GHP" in leaves:
     joined["conv_bias"] = leaves["conv_bias_x_GHP"].ravel()
   cast = {name: leaf.astype(dtype) for name, leaf in joined.items()}
-  return cast | {name: leaves[name] for name in ("skip_GH", "gate_gain_GHP")}
+  return cast | {name: leaves[name] for name in ("skip_GH", "gate_gain_GHP") if name in leaves}
 
 
 def _project(block, leaves, x_BLD):
@@ -77,7 +79,7 @@ def _project(block, leaves, x_BLD):
 def _finish(cfg, block, leaves, u_BL, z_BLGHP):
   """Returns the mixer's output from what the convolution made, before its SiLU."""
   u_BLGHP = jax.nn.silu(u_BL).reshape(z_BLGHP.shape)
-  return mamba.finish(cfg, leaves, _skip(leaves, u_BLGHP), z_BLGHP)[0]
+  return mamba.finish(cfg, block, leaves, _skip(leaves, u_BLGHP), z_BLGHP)[0]
 
 
 def prefill(

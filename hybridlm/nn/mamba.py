@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hybridlm import layout
-from hybridlm.config import Mamba, ModelConfig
+from hybridlm.config import GatedConv, Mamba, ModelConfig
 from hybridlm.nn.cache import MambaState
 from hybridlm.ops import norm
 from hybridlm.ops.conv import causal_conv, causal_conv_step
@@ -33,18 +33,36 @@ def rates(leaves: Mapping[str, jax.Array]) -> Float[Array, "G H"]:
   return -jnp.exp(a_log_GH.astype(jnp.promote_types(a_log_GH.dtype, jnp.float32)))
 
 
+def gated(
+  cfg: ModelConfig,
+  block: Mamba | GatedConv,
+  leaves: Mapping[str, jax.Array],
+  y_BLGHP: Float[Array, "B L G H P"],
+  z_BLGHP: Float[Array, "B L G H P"],
+  *,
+  count_G: Float[Array, "G"] | None = None,
+) -> Float[Array, "B L G H P"]:
+  """Returns the input of the output projection: the scan's output, gated and normed by `block`.
+
+  "none" takes no `count_G`: there is no norm.
+  """
+  if block.gate == "none":
+    return norm.gate(y_BLGHP, z_BLGHP)
+  run = norm.gated_rms_norm if block.gate == "gated" else norm.rms_norm_then_gate
+  return run(y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=count_G)
+
+
 def finish(
   cfg: ModelConfig,
+  block: Mamba | GatedConv,
   leaves: Mapping[str, jax.Array],
   y_BLGHP: Float[Array, "B L G H P"],
   z_BLGHP: Float[Array, "B L G H P"],
   *,
   count_G: Float[Array, "G"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B L G H P"]]:
-  """Returns the output of the mixer and of its gated norm; `y_BLGHP` is the scan's."""
-  y_BLGHP = norm.gated_rms_norm(
-    y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=count_G
-  )
+  """Returns the output of the mixer and the input of its projection; `y_BLGHP` is the scan's."""
+  y_BLGHP = gated(cfg, block, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
   w_out_GHPD = leaves["w_out_GHPD"].astype(y_BLGHP.dtype)
   return project(y_BLGHP, w_out_GHPD, inputs=3, quantize=cfg.quantize), y_BLGHP
 
@@ -61,9 +79,10 @@ def mix(
   """Returns the mixer's output for a normed input, and what can be tapped on the way.
 
   Taps: `x_BLGHP` and `z_BLGHP` (projections, before the convolution), `u_BLGHP`, `b_BLGN` and
-  `c_BLGN` (after convolution and SiLU), `dt_BLGH` (after softplus and limits), `y_BLGHP` (gated
-  and normed, the input of the output projection), `state_BGHPN` (the SSM's, after the last
-  position). `count["count_G"]` is the number of surviving channels in each group's gated norm.
+  `c_BLGN` (after convolution and SiLU), `dt_BLGH` (after softplus and limits), `y_BLGHP` (gated,
+  and normed where `block.gate` has a norm: the input of the output projection), `state_BGHPN` (the
+  SSM's, after the last position). `count["count_G"]` is the number of surviving channels in each
+  group's norm.
   """
   cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
   mesh_axes = layout.LAYOUTS[cfg.layout].activations
@@ -104,7 +123,7 @@ def mix(
   )
   count_G = (count or {}).get("count_G")
   leaves = {**leaves, "w_out_GHPD": cast["w_out_GHPD"]}
-  y_BLD, y_BLGHP = finish(cfg, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
+  y_BLD, y_BLGHP = finish(cfg, block, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
   return y_BLD, seen | {"y_BLGHP": y_BLGHP, "state_BGHPN": state_BGHPN}
 
 
@@ -125,7 +144,7 @@ def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
     joined["conv_bias"] = jnp.concatenate([leaf.ravel() for leaf in biases])
   kept = ("dt_bias_GH", "a_log_GH", "skip_GH", "gate_gain_GHP")
   cast = {name: leaf.astype(dtype) for name, leaf in joined.items()}
-  return cast | {name: leaves[name] for name in kept}
+  return cast | {name: leaves[name] for name in kept if name in leaves}
 
 
 def _project(block, leaves, x_BLD):
@@ -174,7 +193,7 @@ def prefill(
     u_BLGHP, dt_BLGH, rates(leaves), b_BLGN, c_BLGN, skip_GH=leaves["skip_GH"], impl=cfg.ssd,
     chunk=cfg.chunk,
   )
-  y_BLD, _ = finish(cfg, leaves, y_BLGHP, z_BLGHP)
+  y_BLD, _ = finish(cfg, block, leaves, y_BLGHP, z_BLGHP)
   return y_BLD, MambaState(last_inputs(conv_BL, length_B, block.W), ssm_BGHPN)
 
 
@@ -210,5 +229,5 @@ def step(
   )
   skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
   y_BLGHP = (y_BGHP[:, None] + skipped_BLGHP).astype(u_BLGHP.dtype)
-  y_BLD, _ = finish(cfg, leaves, y_BLGHP, z_BLGHP)
+  y_BLD, _ = finish(cfg, block, leaves, y_BLGHP, z_BLGHP)
   return y_BLD, MambaState(conv_BW, ssm_BGHPN)

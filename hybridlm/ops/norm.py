@@ -84,6 +84,38 @@ def gated_rms_norm(
   return _gated(eps, *wide, jnp.asarray(count_G, dtype)).astype(y_BLGHP.dtype)
 
 
+def rms_norm_then_gate(
+  y_BLGHP: Float[Array, "*batch G H P"],
+  z_BLGHP: Float[Array, "*batch G H P"],
+  gain_GHP: Float[Array, "G H P"],
+  *,
+  eps: float,
+  count_G: Float[Array, "G"] | None = None,
+) -> Float[Array, "*batch G H P"]:
+  """Returns gain y / sqrt(sum(y^2) / count + eps) silu(z), in y's dtype.
+
+  As `gated_rms_norm`, with the gate after the norm: what the norm divides by does not see z.
+  Source: Mamba-2 (arXiv 2405.21060), the `norm_before_gate` of its public code, and Falcon-H1
+  (arXiv 2507.22448).
+  """
+  dtype = jnp.promote_types(y_BLGHP.dtype, jnp.float32)
+  H, P = y_BLGHP.shape[-2:]
+  count_G = jnp.full(y_BLGHP.shape[-3], H * P, dtype) if count_G is None else count_G
+  wide_BLGHP = y_BLGHP.astype(dtype)
+  counted_G = jax.lax.stop_gradient(jnp.asarray(count_G, dtype))
+  normal_BLGHP = wide_BLGHP * _inverse(wide_BLGHP, counted_G, eps)
+  scaled_BLGHP = _scaled(normal_BLGHP, gain_GHP.astype(dtype))
+  return (scaled_BLGHP * jax.nn.silu(z_BLGHP.astype(dtype))).astype(y_BLGHP.dtype)
+
+
+def gate(
+  y_BLGHP: Float[Array, "*batch G H P"], z_BLGHP: Float[Array, "*batch G H P"]
+) -> Float[Array, "*batch G H P"]:
+  """Returns y silu(z), float32 inside, in y's dtype."""
+  dtype = jnp.promote_types(y_BLGHP.dtype, jnp.float32)
+  return (y_BLGHP.astype(dtype) * jax.nn.silu(z_BLGHP.astype(dtype))).astype(y_BLGHP.dtype)
+
+
 @jax.custom_vjp
 def _scaled(x_D, gain_D):
   """Returns the product of every row with the gain."""
