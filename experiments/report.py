@@ -168,9 +168,9 @@ def forecast(models: Mapping[str, ModelConfig], *, length: int, batch: int) -> s
   for name, cfg in models.items():
     cost = hybridlm.cost(cfg, context=length, batch=batch)
     count = cost.parameters
-    state = cost.kv_bytes + cost.conv_bytes + cost.ssm_bytes
+    shown = (4 * count, 16 * count, cost.state_bytes)
     rows.append([
-      name, f"{count:,}", *(f"{size / 1e6:,.1f}" for size in (4 * count, 16 * count, state)),
+      name, f"{count:,}", *(f"{size / 1e6:,.1f}" for size in shown),
       f"{cost.prefill_flops / 1e6:,.1f}",
     ])
     lines.append(f"{name}: {sizes(cfg)}")

@@ -10,7 +10,16 @@ import math
 from typing import NamedTuple
 
 from hybridlm import axes, config
-from hybridlm.config import Attention, Block, GatedConv, Mamba, ModelConfig
+from hybridlm.config import (
+  Attention,
+  Block,
+  Mamba,
+  Mamba1,
+  ModelConfig,
+  Parallel,
+  attention_of,
+  ssm_of,
+)
 
 # Bits a number takes; scales of quantised blocks of numbers are not counted.
 BITS = {
@@ -26,10 +35,13 @@ class Cost:
   Attributes:
     parameters: elements of the parameter tree.
     weight_bytes: of the weights.
-    kv_bytes: keys and values of the attention blocks.
+    kv_bytes: keys and values of the attention blocks; those that blocks share count once.
     conv_bytes: the last W - 1 inputs of the convolutions.
     ssm_bytes: SSM states.
-    prefill_flops: a token, forward, averaged over the context.
+    meta_bytes: what meta tokens leave in keys, values, convolutions and SSM states: held once,
+      whatever the batch.
+    prefill_flops: a token of text, forward, averaged over the context; the meta tokens' own work
+      is done once, before all text.
     decode_flops: a token, forward, at the end of the context.
   """
 
@@ -38,13 +50,14 @@ class Cost:
   kv_bytes: int
   conv_bytes: int
   ssm_bytes: int
+  meta_bytes: int
   prefill_flops: int
   decode_flops: int
 
   @property
   def state_bytes(self) -> int:
-    """What decoding remembers: keys and values, convolutions and SSM states."""
-    return self.kv_bytes + self.conv_bytes + self.ssm_bytes
+    """What decoding remembers: keys and values, convolutions, SSM states, and meta tokens'."""
+    return self.kv_bytes + self.conv_bytes + self.ssm_bytes + self.meta_bytes
 
   @property
   def total_bytes(self) -> int:
@@ -62,6 +75,7 @@ class Part(NamedTuple):
     kv: numbers that keys and values hold, a sequence.
     conv: numbers that the convolution holds, a sequence.
     ssm: numbers that the SSM state holds, a sequence.
+    meta: numbers that keys and values of meta tokens hold, for all sequences together.
   """
 
   parameters: int
@@ -70,67 +84,84 @@ class Part(NamedTuple):
   kv: int
   conv: int
   ssm: int
+  meta: int = 0
 
 
 def _seen(block: Attention, context: int) -> tuple[int, float]:
-  """Positions a query sees at the end of the context, and on average over it."""
+  """Positions of text a query sees at the end of the context, and on average over it."""
   if block.window is None or block.window >= context:
     return context, (context + 1) / 2
   window = block.window
   return window, (window * (window + 1) / 2 + (context - window) * window) / context
 
 
-def _block_flops(block: Block, context: int, chunk: int) -> tuple[float, float]:
+def _block_flops(block: Block, context: int, chunk: int, meta: int) -> tuple[float, float]:
   """FLOPs a token beyond the projections: (prefill, decode)."""
+  if isinstance(block, Parallel):
+    parts = [_block_flops(p, context, chunk, meta) for p in (block.attention, block.ssm) if p]
+    return sum(ahead for ahead, _ in parts), sum(step for _, step in parts)
   if isinstance(block, Attention):
     last, mean = _seen(block, context)
-    width = 4.0 * block.K * block.J * block.E
-    return width * mean, width * last
+    width = 2.0 * block.K * block.J * (block.E + (block.U or block.E))
+    return width * (meta + mean), width * (meta + last)
   conv = 2.0 * getattr(block, "W", 0) * channels(block)
   if isinstance(block, Mamba):
     inner = block.G * block.H * block.P
     step = 6.0 * inner * block.N
     within = 2.0 * chunk * (block.G * block.N + inner) + 4.0 * inner * block.N
     return conv + within, conv + step
+  if isinstance(block, Mamba1):
+    # Every state has a decay of its own: one more product than where a head shares it.
+    step = 7.0 * block.H * block.N
+    return conv + step, conv + step
   return conv, conv
 
 
 def channels(block: Block) -> int:
   """Returns the channels that a block's convolution runs over; 0: it has none."""
-  if not isinstance(block, (Mamba, GatedConv)):
+  ssm = ssm_of(block)
+  if ssm is None:
     return 0
-  states = 2 * block.G * block.N if isinstance(block, Mamba) else 0
-  return block.G * block.H * block.P + states
+  states = 2 * ssm.G * ssm.N if isinstance(ssm, Mamba) else 0
+  return ssm.G * ssm.H * ssm.P + states
+
+
+def _held(block: Block, context: int, meta: int) -> tuple[int, int, int, int]:
+  """Numbers remembered of a sequence (keys and values, convolution, SSM), and once for all."""
+  kv = conv = ssm = once = 0
+  own, mixer = attention_of(block), ssm_of(block)
+  if own is not None and not own.shared:
+    width = own.K * (own.E + (own.U or own.E))
+    kv, once = width * _seen(own, context)[0], width * meta
+  if mixer is not None:
+    conv = (mixer.W - 1) * channels(mixer)
+    ssm = mixer.G * mixer.H * mixer.P * getattr(mixer, "N", 0)
+  return kv, conv, ssm, once
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _outside(V: int, D: int, norm: str, tied: bool) -> int:
-  alone = ModelConfig(V=V, D=D, blocks=(config.Mlp(F=1),), norm=norm, tied=tied)
+def _outside(V: int, D: int, norm: str, tied: bool, meta: int) -> dict[str, int]:
+  """Elements of each folder outside the blocks."""
+  alone = ModelConfig(V=V, D=D, blocks=(config.Mlp(F=1),), norm=norm, tied=tied, meta=meta)
   tree = config.shapes(alone) | {"blocks": {}}
-  return sum(math.prod(shape) for _, shape in axes.leaves(tree))
+  return {name: sum(map(math.prod, leaves.values())) for name, leaves in tree.items()}
 
 
 def outside(cfg: ModelConfig) -> int:
-  """Returns the parameters of embedding, final norm and head (a tied head counts once)."""
-  return _outside(cfg.V, cfg.D, cfg.norm, cfg.tied)
+  """Returns the parameters of embedding, meta tokens, final norm and head (a tied head is one)."""
+  return sum(_outside(cfg.V, cfg.D, cfg.norm, cfg.tied, cfg.meta).values())
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _part(block: Block, D: int, norm: str, context: int, chunk: int) -> Part:
-  alone = ModelConfig(V=1, D=D, blocks=(block,), norm=norm)
-  sizes = alone.sizes(0)
-  shapes = (axes.shape(name, sizes) for name in block.leaves if name.startswith("w_"))
-  matmul = 2.0 * sum(math.prod(shape) for shape in shapes)
-  ahead, step = _block_flops(block, context, chunk)
-  kv = conv = ssm = 0
-  if isinstance(block, Attention):
-    kv = 2 * block.K * block.E * _seen(block, context)[0]
-  if isinstance(block, (Mamba, GatedConv)):
-    conv = (block.W - 1) * channels(block)
-  if isinstance(block, Mamba):
-    ssm = block.G * block.H * block.P * block.N
-  elements = config.parameters(alone) - _outside(1, D, norm, False)
-  return Part(elements, matmul + ahead, matmul + step, kv, conv, ssm)
+def _part(block: Block, D: int, norm: str, context: int, chunk: int, meta: int) -> Part:
+  sizes = {"D": D} | {letter: getattr(block, letter) for letter in block.axes}
+  elements = {name: math.prod(axes.shape(name, sizes)) for name in block.leaves}
+  products = (size for name, size in elements.items() if name.startswith(("w_", "in_")))
+  matmul = 2.0 * sum(products)
+  ahead, step = _block_flops(block, context, chunk, meta)
+  kv, conv, ssm, once = _held(block, context, meta)
+  parameters = sum(elements.values()) + _outside(1, D, norm, True, 0)["final"]
+  return Part(parameters, matmul + ahead, matmul + step, kv, conv, ssm, once)
 
 
 def distinct(cfg: ModelConfig) -> list[tuple[Block, int]]:
@@ -147,7 +178,7 @@ def distinct(cfg: ModelConfig) -> list[tuple[Block, int]]:
 def part(cfg: ModelConfig, block: Block, *, context: int) -> Part:
   """Returns what one block of a model costs at a context."""
   chunk = min(cfg.chunk or config.CHUNK, context)
-  return _part(block, cfg.D, cfg.norm, context, chunk)
+  return _part(block, cfg.D, cfg.norm, context, chunk, cfg.meta)
 
 
 def nbytes(numbers: int, dtype: str) -> int:
@@ -190,19 +221,23 @@ def cost(
   """
   if context < 1 or batch < 1:
     raise ValueError(f"cost: context={context} and batch={batch} must be at least 1")
-  parameters, kv, conv, ssm = outside(cfg), 0, 0, 0
+  parameters, kv, conv, ssm, meta = outside(cfg), 0, 0, 0, 0
   prefill = decode = 2.0 * cfg.D * cfg.V
   for block, count in distinct(cfg):
     each = part(cfg, block, context=context)
     parameters += count * each.parameters
     prefill, decode = prefill + count * each.prefill_flops, decode + count * each.decode_flops
     kv, conv, ssm = kv + count * each.kv, conv + count * each.conv, ssm + count * each.ssm
+    meta += count * each.meta
+  kinds = (kv_dtype or cfg.dtype, conv_dtype or cfg.dtype, ssm_dtype)
+  once = (meta, conv, ssm) if cfg.meta else (0, 0, 0)
   return Cost(
     parameters=parameters,
     weight_bytes=nbytes(parameters, weight_dtype or cfg.dtype),
-    kv_bytes=nbytes(kv * batch, kv_dtype or cfg.dtype),
-    conv_bytes=nbytes(conv * batch, conv_dtype or cfg.dtype),
-    ssm_bytes=nbytes(ssm * batch, ssm_dtype),
+    kv_bytes=nbytes(kv * batch, kinds[0]),
+    conv_bytes=nbytes(conv * batch, kinds[1]),
+    ssm_bytes=nbytes(ssm * batch, kinds[2]),
+    meta_bytes=sum(nbytes(*each) for each in zip(once, kinds, strict=True)),
     prefill_flops=int(prefill),
     decode_flops=int(decode),
   )
