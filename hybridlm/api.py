@@ -17,7 +17,7 @@ from hybridlm.decode import loop
 from hybridlm.interop import dispatch
 from hybridlm.nn import serve, stack
 from hybridlm.nn.lm import HybridLM
-from hybridlm.ops.ssd.api import check_segments
+from hybridlm.ops.segments import check_segments
 from hybridlm.prune import cut as cutting
 from hybridlm.prune import store as stores
 from hybridlm.prune.plan import Plan

@@ -4,11 +4,12 @@ import functools
 import importlib
 
 import jax
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from hybridlm.ops import mesh
-from hybridlm.ops.ssd import chunked, place, reference, sharded, vjp
+from hybridlm.ops.segments import check_segments
+from hybridlm.ops.ssd import chunked, place, reference, restart, sharded, vjp
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -29,6 +30,7 @@ def ssd(
   skip_GH: Float[Array, "G H"] | None = None,
   segment_BL: Int[Array, "B L"] | None = None,
   state_BGHPN: Float[Array, "B G H P N"] | None = None,
+  restart_GHPN: Float[Array, "G H P N"] | None = None,
   impl: str | None = None,
   chunk: int | None = None,
   mesh_axes: mesh.MeshAxes = mesh.MESH_AXES,
@@ -38,8 +40,10 @@ def ssd(
   Per head: state <- exp(dt a) state + dt x B^T, y = state C + skip x; B and C are shared by the
   heads of a group. `dt_BLGH` is after softplus, `a_GH` negative, `skip_GH` zero by default.
   The state starts from `state_BGHPN` (zeros by default), which position 0 continues, and is
-  dropped wherever `segment_BL` differs from the position before. Segments are contiguous: only 0,
-  the id of padding, may come back after a gap (seen where the values are, outside of `jax.jit`).
+  dropped wherever `segment_BL` differs from the position before: every segment but one that
+  `state_BGHPN` continues starts from `restart_GHPN` (zeros by default). Segments are contiguous:
+  only 0, the id of padding, may come back after a gap (seen where the values are, outside of
+  `jax.jit`).
   `impl` names an implementation, which runs or raises: "reference" (the recurrence), "chunked"
   (any platform), "pallas_tpu", "pallas_gpu" (Hopper). None takes "chunked": a kernel that was
   never run on a device is not picked unasked. `chunk` is its length in tokens; None takes its
@@ -58,13 +62,19 @@ def ssd(
   arrays = {"x_BLGHP": x_BLGHP, "dt_BLGH": dt_BLGH, "a_GH": a_GH, "b_BLGN": b_BLGN,
             "c_BLGN": c_BLGN, "skip_GH": skip_GH, "segment_BL": segment_BL,
             "state_BGHPN": state_BGHPN}
-  _check_shapes(arrays, f"ssd {name!r}")
+  _check_shapes(arrays | {"restart_GHPN": restart_GHPN}, f"ssd {name!r}")
   _check_dtypes(arrays, f"ssd {name!r}")
   check_segments(segment_BL, f"ssd {name!r}")
   if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
     raise ValueError(f"chunk {chunk!r} is not a whole number of 1 or more tokens in ssd {name!r}")
   if chunk is not None and name == "reference":
     raise ValueError(f"chunk {chunk} has no meaning for the ssd implementation 'reference'")
+  run = functools.partial(_run, name, chunk=chunk, mesh_axes=mesh_axes)
+  return run(arrays) if restart_GHPN is None else _restarted(run, arrays, restart_GHPN, mesh_axes)
+
+
+def _run(name, arrays, *, chunk, mesh_axes):
+  """Returns y and the state of the implementation of that name."""
   if name == "reference":
     return reference.ssd(**arrays)
   if name == "chunked":
@@ -73,6 +83,22 @@ def ssd(
     scan = functools.partial(vjp.ssd, passes=CHUNKED, chunk=chunk)
     return _over_mesh(scan, arrays, mesh_axes)
   return _kernel(name, arrays, chunk, mesh_axes)
+
+
+def _restarted(run, arrays, restart_GHPN, mesh_axes):
+  """Returns y and the state of a scan all of whose documents start from one state."""
+  axes = mesh.along("L", mesh_axes)
+  if axes:
+    raise ValueError(f"ssd takes no restart_GHPN where {axes[0]} divides the positions")
+  own, segment_BL = arrays["state_BGHPN"], arrays["segment_BL"]
+  if segment_BL is None and own is None:
+    rows = (arrays["x_BLGHP"].shape[0], *restart_GHPN.shape)
+    return run(arrays | {"state_BGHPN": jnp.broadcast_to(restart_GHPN, rows)})
+  y_BLGHP, state_BGHPN = run(arrays)
+  if segment_BL is None:
+    return y_BLGHP, state_BGHPN
+  given = (arrays[name] for name in ("dt_BLGH", "a_GH", "c_BLGN", "segment_BL"))
+  return restart.add(y_BLGHP, state_BGHPN, *given, restart_GHPN, continues=own is not None)
 
 
 def _over_mesh(scan, arrays, mesh_axes):
@@ -108,24 +134,6 @@ def _passes(name):
     return module.forward(x_BLGHP, *arrays, chunk=chunk, keep=keep)
 
   return vjp.Passes(forward, module.backward, fixed=name == "pallas_gpu")
-
-
-def check_segments(segment_BL: Int[ArrayLike, "..."] | None, place: str) -> None:
-  """Raises ValueError, naming `place`, for an id other than 0 that comes back after a gap.
-
-  So it does for ids without the axes B and L. Values that are not known yet, inside `jax.jit`,
-  pass.
-  """
-  if segment_BL is None or isinstance(segment_BL, jax.core.Tracer):
-    return
-  if np.ndim(segment_BL) != 2:
-    raise ValueError(f"segment_BL has shape {np.shape(segment_BL)}, without axes BL, in {place}")
-  for row, segment_L in enumerate(np.asarray(segment_BL)):
-    starts = np.flatnonzero(np.diff(segment_L, prepend=segment_L[:1] - 1))
-    ids, counts = np.unique(segment_L[starts], return_counts=True)
-    torn = ids[(counts > 1) & (ids != 0)]
-    if torn.size:
-      raise ValueError(f"segment {torn[0]} of row {row} comes back after a gap in {place}")
 
 
 def _check_dtypes(arrays, place):
