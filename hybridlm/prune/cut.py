@@ -9,13 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes, config
-from hybridlm.config import Attention, Block, GatedConv, Mamba, Mlp, ModelConfig, block_name
+from hybridlm.config import (
+  Attention,
+  Block,
+  GatedConv,
+  Mamba,
+  Mamba1,
+  Mlp,
+  ModelConfig,
+  Parallel,
+  attention_of,
+  block_name,
+  ssm_of,
+)
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.trees import tree_hash
 
-# The masks a block of each kind has, one for each index array that a plan may hold of it.
+# The masks a block of each kind has, one for each index array that a plan may hold of it; a
+# parallel block has those of its branches.
 STAYS: Mapping[type, tuple[str, ...]] = {
   Mamba: ("stay_GH", "stay_G", "stay_P", "stay_GN"),
+  Mamba1: ("stay_GH", "stay_G", "stay_GN", "stay_R"),
   GatedConv: ("stay_GH", "stay_G", "stay_P"),
   Attention: ("stay_KJ", "stay_K", "stay_E"),
   Mlp: ("stay_F",),
@@ -64,8 +78,9 @@ def query_scale(name: str, parent: Block, small: Block) -> np.float32:
   sqrt(E' / E) for the projection of the queries, whose products are divided by the sqrt(E') of
   the narrower head and not by sqrt(E); 1 for everything else.
   """
-  narrow = name in QUERIES and isinstance(parent, Attention)
-  return np.float32(math.sqrt(small.E / parent.E) if narrow else 1)
+  wide, left = attention_of(parent), attention_of(small)
+  narrow = name in QUERIES and wide is not None and left is not None
+  return np.float32(math.sqrt(left.E / wide.E) if narrow else 1)
 
 
 def _keep(
@@ -116,7 +131,8 @@ def _scaled(leaf: jax.Array, scale: np.float32) -> jax.Array:
 
 def check_sizes(cfg: ModelConfig, plan: Plan) -> None:
   """Raises ValueError unless a plan was made for a model of these sizes."""
-  if cfg.blocks != plan.config.blocks or (cfg.V, cfg.D) != (plan.config.V, plan.config.D):
+  mine, theirs = ((each.blocks, each.V, each.D, each.meta) for each in (cfg, plan.config))
+  if mine != theirs:
     raise ValueError("plan: made for a model of other sizes than the one given")
 
 
@@ -152,24 +168,39 @@ def cut(
   return small, jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), whole)
 
 
+def names(block: Block) -> tuple[str, ...]:
+  """Returns the masks that a block has, one for each axis that can be cut or follows from a cut."""
+  if isinstance(block, Parallel):
+    parts = [name for part in (block.attention, block.ssm) if part for name in names(part)]
+    return (*parts, *(("stay_Y",) if block.fusion.kind == "mean" else ()))
+  wide = isinstance(block, Attention) and block.U is not None
+  return (*STAYS[type(block)], *(("stay_U",) if wide else ()))
+
+
 def stays(plan: Plan) -> dict[str, Any]:
   """Returns the plan as 0/1 float32 arrays, whose structure and shapes the config alone decides.
 
-  `stay_D`, `stay_V`, and under "blocks" for each block `stay` (1: the block stays) and the masks
-  of its kind in `STAYS`. Trees of different plans of one config can be stacked.
+  `stay_D`, `stay_V`, `stay_M` of a model with meta tokens, and under "blocks" for each block `stay`
+  (1: the block stays) and the masks of its `names`. Trees of different plans of one config can be
+  stacked.
   """
   cfg = plan.config
   blocks = {}
   for index, block in enumerate(cfg.blocks):
-    masks = {name: _ones_at(plan, name, index) for name in STAYS[type(block)]}
+    keeps, sizes = plan.inside(index), cfg.sizes(index)
+    masks = {name: _ones_at(name, sizes, keeps) for name in names(block)}
     blocks[block_name(index)] = {"stay": np.float32(index in plan.blocks), **masks}
-  return {"stay_D": _ones_at(plan, "stay_D"), "stay_V": _ones_at(plan, "stay_V"), "blocks": blocks}
+  sizes, outer = {"D": cfg.D, "V": cfg.V, "M": cfg.meta}, plan.outside()
+  return {name: _ones_at(name, sizes, outer) for name in _outer(cfg)} | {"blocks": blocks}
 
 
-def _ones_at(plan: Plan, name: str, index: int | None = None) -> np.ndarray:
-  letters = axes.of(name)
-  sizes = {"D": plan.config.D, "V": plan.config.V} if index is None else plan.config.sizes(index)
-  keep = plan.array(f"keep_{letters}", index)
+def _outer(cfg: ModelConfig) -> tuple[str, ...]:
+  """Returns the masks of leaves outside the blocks."""
+  return ("stay_D", "stay_V", *(("stay_M",) if cfg.meta else ()))
+
+
+def _ones_at(name: str, sizes: Mapping[str, int], keeps: Mapping[str, np.ndarray]) -> np.ndarray:
+  keep = keeps.get(f"keep_{axes.of(name)}")
   mask = np.full(axes.shape(name, sizes), keep is None, np.float32)
   if keep is not None:
     np.put_along_axis(mask, keep, 1, axis=-1)
@@ -179,7 +210,8 @@ def _ones_at(plan: Plan, name: str, index: int | None = None) -> np.ndarray:
 def zero_folder(folder: Mapping[str, Any], stays: Mapping[str, Any]) -> dict[str, jax.Array]:
   """Returns a folder of leaves with zeros where a mask that concerns the leaf is 0.
 
-  `stays` holds masks by name; "stay" is a scalar that concerns every leaf.
+  `stays` holds masks by name; "stay" is a scalar that concerns every leaf. The bias of what heads
+  give goes where all of them do.
   """
   inner = {name: mask for name, mask in stays.items() if name != "stay"}
   done = {}
@@ -187,19 +219,37 @@ def zero_folder(folder: Mapping[str, Any], stays: Mapping[str, Any]) -> dict[str
     stay = jnp.asarray(stays.get("stay", 1)) > 0
     for letters, mask in of_leaf(name, inner):
       stay = stay & (_spread(jnp.asarray(mask), letters, axes.of(name)) > 0)
+    if name == "b_o_D" and "stay_K" in inner:
+      stay = stay & (jnp.max(jnp.asarray(inner["stay_K"])) > 0)
     done[name] = jnp.where(stay, leaf, jnp.zeros((), jnp.asarray(leaf).dtype))
   return done
 
 
 def counts(block: Block, stays: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """Returns `count_G`, what each group's gated norm averages over; nothing without such a norm.
+  """Returns what norms inside a block average over; nothing of a block without such a norm.
 
-  At least 1, so that what goes has no 0 / 0.
+  `count_G`: of each group's gated norm. `count_N` and `count_R`: of the norms on B, C and the rank
+  of a Mamba-1 mixer. `count_attention` and `count_ssm`: of the norms of branches that meet in a
+  mean, with `stay_KJ`, 1 for heads that stay: those that go must not enter their norm. At least
+  1, so that what goes has no 0 / 0.
   """
-  if not isinstance(block, Mamba | GatedConv):
-    return {}
-  heads_G, channels = jnp.sum(stays["stay_GH"], axis=1), jnp.sum(stays["stay_P"])
-  return {"count_G": jnp.maximum(heads_G * channels, 1.0)}
+  found, mixer = {}, ssm_of(block)
+  if mixer is not None:
+    heads_G = jnp.sum(stays["stay_GH"], axis=1)
+    channels = jnp.sum(stays["stay_P"]) if "stay_P" in stays else 1.0
+    if getattr(mixer, "gate", "none") != "none":
+      found["count_G"] = heads_G * channels
+    if isinstance(mixer, Mamba1):
+      found |= {"count_N": jnp.sum(stays["stay_GN"]), "count_R": jnp.sum(stays["stay_R"])}
+  if isinstance(block, Parallel) and block.fusion.kind == "mean":
+    if mixer is not None:
+      found["count_ssm"] = jnp.sum(heads_G * stays["stay_G"]) * channels
+    if block.attention is not None:
+      stay_KJ = stays["stay_KJ"] * stays["stay_K"][:, None]
+      wide = jnp.sum(stays[f"stay_{block.attention.value}"])
+      found |= {"count_attention": jnp.sum(stay_KJ) * wide}
+  found = {name: jnp.maximum(count, 1.0) for name, count in found.items()}
+  return found | ({"stay_KJ": stay_KJ} if "count_attention" in found else {})
 
 
 def mask_by(
@@ -213,7 +263,7 @@ def mask_by(
   masked, inner = {}, {}
   for key, folder in params.items():
     if key != "blocks":
-      masked[key] = zero_folder(folder, {name: stays[name] for name in ("stay_D", "stay_V")})
+      masked[key] = zero_folder(folder, {name: stays[name] for name in _outer(cfg)})
   masked["blocks"] = {}
   for index, block in enumerate(cfg.blocks):
     name = block_name(index)
@@ -226,7 +276,7 @@ def mask_by(
     "stay_V": jnp.asarray(stays["stay_V"]) > 0,
     "blocks": inner,
   }
-  return masked, kept
+  return masked, kept | ({"stay_M": jnp.asarray(stays["stay_M"]) > 0} if cfg.meta else {})
 
 
 def mask(
@@ -235,8 +285,9 @@ def mask(
   """Returns `(masked, kept)`: parameters of the parent's shapes with zeros where the plan drops.
 
   `kept` holds the number of surviving entries each norm averages over, in float32 (`count` for
-  the residual norms, `blocks/07/count_G` for a gated norm), and the tokens that stay, `stay_V`:
-  logits of the others are minus infinity. With it the masked model gives the logits of the cut
+  the residual norms, `blocks/07/count_G` and its like for norms inside a block: see `counts`), the
+  tokens that stay, `stay_V`: logits of the others are minus infinity, and the meta tokens that
+  stay, `stay_M`, of a model that has any. With it the masked model gives the logits of the cut
   one; a block that goes is all zeros and adds nothing, and a state of zeros is none.
 
   Raises:

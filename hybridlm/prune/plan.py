@@ -6,6 +6,7 @@ parent's groups, those that go included: inner choices are made before outer one
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -15,14 +16,30 @@ from typing import Any
 import numpy as np
 
 from hybridlm import axes
-from hybridlm.config import Attention, Block, GatedConv, ModelConfig, Rope, block_name
+from hybridlm.config import (
+  Attention,
+  Block,
+  GatedConv,
+  Mamba,
+  Mamba1,
+  ModelConfig,
+  Parallel,
+  Rope,
+  attention_of,
+  block_name,
+  ssm_of,
+)
+from hybridlm.prune import meeting
 
 FORMAT = "hybridlm-plan-1"
 # Index arrays a plan may hold: inside a block, by its axes. The last letter is the axis cut.
 INSIDE = (
-  "keep_GH", "keep_G", "keep_P", "keep_GN", "keep_F", "keep_KJ", "keep_K", "keep_E",
+  "keep_GH", "keep_G", "keep_P", "keep_GN", "keep_R", "keep_F", "keep_KJ", "keep_K", "keep_E",
+  "keep_U",
 )
-OUTSIDE = ("keep_D", "keep_X", "keep_V")
+OUTSIDE = ("keep_D", "keep_X", "keep_V", "keep_M")
+# What blocks that read the same keys and values keep alike.
+ALIKE = ("keep_K", "keep_E", "keep_U")
 Index = tuple
 
 
@@ -33,10 +50,12 @@ class Plan:
   Attributes:
     config: the parent.
     source: SHA-256 of the parent's parameters (`trees.tree_hash`).
-    keep: `keep_D`, `keep_X`, `keep_V` and, under a block's folder name, its own index arrays. What
-      is not named is kept whole. Rows are ascending; `keep_GH`, `keep_GN` and `keep_KJ` have one
-      row for every group of the parent, all equally long, and `keep_G` and `keep_K` then drop
-      whole rows. `keep_GN` of empty rows makes a Mamba block a `GatedConv`.
+    keep: `keep_D`, `keep_X`, `keep_V`, `keep_M` and, under a block's folder name, its own index
+      arrays. What is not named is kept whole. Rows are ascending; `keep_GH`, `keep_GN` and
+      `keep_KJ` have one row for every group of the parent, all equally long, and `keep_G` and
+      `keep_K` then drop whole rows. `keep_GN` of empty rows makes a Mamba-2 mixer a `GatedConv`;
+      a `keep_K` or `keep_G` of nothing turns that branch of a parallel block off. Which channels
+      meet in its fusion follows. Blocks that share keys keep K, E and U alike.
   """
 
   config: ModelConfig
@@ -58,14 +77,17 @@ class Plan:
     return tuple(self.keep.get("keep_X", range(len(self.config.blocks))))
 
   def inside(self, index: int) -> dict[str, np.ndarray]:
-    """Returns every index array that concerns a leaf of block `index`, `keep_D` included."""
-    names = [*self.keep.get(block_name(index), {})]
-    found = {name: self.array(name, index) for name in names}
+    """Returns every index array that concerns a leaf of block `index`, D and Y included."""
+    own = self.keep.get(block_name(index), {})
+    found = {name: self.array(name, index) for name in own}
+    meet = meeting.keep_Y(self.config.blocks[index], own)
+    found |= {} if meet is None else {"keep_Y": meet}
     return found | ({"keep_D": self.array("keep_D")} if "keep_D" in self.keep else {})
 
   def outside(self) -> dict[str, np.ndarray]:
     """Returns the index arrays that concern leaves outside the blocks."""
-    return {name: self.array(name) for name in ("keep_D", "keep_V") if name in self.keep}
+    names = ("keep_D", "keep_V", "keep_M")
+    return {name: self.array(name) for name in names if name in self.keep}
 
   @property
   def tokens(self) -> np.ndarray:
@@ -79,9 +101,11 @@ class Plan:
     small = {
       "D": len(self.keep.get("keep_D", range(parent.D))),
       "blocks": tuple(
-        _left(parent.blocks[index], self.keep.get(block_name(index), {})) for index in self.blocks
+        left(parent.blocks[index], self.keep.get(block_name(index), {})) for index in self.blocks
       ),
     }
+    if "keep_M" in self.keep:
+      small["meta"] = len(self.keep["keep_M"])
     if "keep_V" in self.keep:
       rows = self.keep["keep_V"]
       real = sum(row < parent.real_vocabulary for row in rows)
@@ -128,23 +152,36 @@ class Plan:
     return cls(ModelConfig.from_dict(plain["config"]), plain["source"], plain["keep"])
 
 
-def _left(block: Block, keep: Mapping[str, Any]) -> Block:
+def left(block: Block, keep: Mapping[str, Any]) -> Block:
   """Returns what index arrays leave of a block, which may be one of another kind."""
+  if not isinstance(block, Parallel):
+    return _part(block, keep)
+  parts = {
+    name: _part(meeting.branch(block, name), keep) if meeting.on(block, keep, name) else None
+    for name in meeting.BRANCHES
+  }
+  return Parallel(**parts, fusion=meeting.fusion(block, keep))
+
+
+def _part(part: Any, keep: Mapping[str, Any]) -> Any:
+  """Returns what index arrays leave of a block that is no parallel one, or of a branch."""
   sizes = {}
   for name, rows in keep.items():
     letters = axes.of(name)
-    sizes[letters[-1]] = len(rows) if len(letters) == 1 else len(rows[0])
+    if letters[-1] in part.axes:
+      sizes[letters[-1]] = len(rows) if len(letters) == 1 else len(rows[0])
   if sizes.get("N") == 0:
-    own = {field.name: getattr(block, field.name) for field in dataclasses.fields(GatedConv)}
+    own = {field.name: getattr(part, field.name) for field in dataclasses.fields(GatedConv)}
     del sizes["N"]
     return GatedConv(**{**own, **sizes})
-  if isinstance(block, Attention) and block.rope and "keep_E" in keep:
-    return dataclasses.replace(block, rope=_turning(block, keep["keep_E"]), **sizes)
-  return dataclasses.replace(block, **sizes)
+  if isinstance(part, Attention) and part.rope and "keep_E" in keep:
+    return dataclasses.replace(part, rope=_turning(part, keep["keep_E"]), **sizes)
+  return dataclasses.replace(part, **sizes)
 
 
-def pairs(block: Attention) -> int:
+def pairs(block: Block) -> int:
   """Returns how many pairs of channels are turned: i and i + pairs, from channel 0 on."""
+  block = attention_of(block)
   return 0 if block.rope is None else (block.rope.rotary or block.E) // 2
 
 
@@ -182,23 +219,26 @@ def _check_row(row: Any, size: int, place: str) -> None:
     raise ValueError(f"plan: {place} keeps index {row[0] if row[0] < 0 else row[-1]} of {size}")
 
 
-def _check_array(name: str, value: Any, sizes: Mapping[str, int], place: str) -> None:
+def _check_array(name: str, value: Any, block: Block, size: Mapping[str, int], place: str) -> None:
   letters = axes.of(name)
+  if value == () and isinstance(block, Parallel) and name in meeting.SWITCH.values():
+    return  # the branch goes off
   if len(letters) == 1:
-    _check_row(value, sizes[letters], f"{place}{name}")
+    _check_row(value, size[letters], f"{place}{name}")
     return
-  if not isinstance(value, tuple) or len(value) != sizes[letters[0]]:
-    raise ValueError(f"plan: {place}{name} needs one row for each of {sizes[letters[0]]}")
-  if name == "keep_GN" and all(row == () for row in value):
+  if not isinstance(value, tuple) or len(value) != size[letters[0]]:
+    raise ValueError(f"plan: {place}{name} needs one row for each of {size[letters[0]]}")
+  stateful = isinstance(ssm_of(block), Mamba)
+  if name == "keep_GN" and stateful and all(row == () for row in value):
     return  # no state at all: what is left is a GatedConv
   for index, row in enumerate(value):
-    _check_row(row, sizes[letters[1]], f"{place}{name} row {index}")
+    _check_row(row, size[letters[1]], f"{place}{name} row {index}")
   counts = sorted({len(row) for row in value})
   if len(counts) > 1:
     raise ValueError(f"plan: {place}{name} keeps {counts} entries; every group keeps as many")
 
 
-def _check_pairs(block: Attention, keep_E: tuple[int, ...], place: str) -> None:
+def _check_pairs(block: Block, keep_E: tuple[int, ...], place: str) -> None:
   half, kept = pairs(block), set(keep_E)
   for one in range(half):
     if (one in kept) != (one + half in kept):
@@ -209,6 +249,52 @@ def _check_pairs(block: Attention, keep_E: tuple[int, ...], place: str) -> None:
       )
 
 
+def _has(block: Block, name: str, value: Any) -> bool:
+  """Whether a block has the axis of an index array; G and P of a Mamba-1 mixer are fixed."""
+  if name not in INSIDE or not set(axes.of(name)) <= set(block.axes):
+    return False
+  fixed = isinstance(ssm_of(block), Mamba1) and name in ("keep_G", "keep_P")
+  return not fixed or (value == () and name == "keep_G" and isinstance(block, Parallel))
+
+
+def _check_inside(cfg: ModelConfig, index: int, arrays: Mapping[str, Any]) -> None:
+  block, name = cfg.blocks[index], block_name(index)
+  for inner, array in arrays.items():
+    if not _has(block, inner, array):
+      raise ValueError(f"plan: block {name} ({block.symbol}) has no axis for {inner!r}")
+    _check_array(inner, array, block, cfg.sizes(index), f"block {name}: ")
+  if "keep_E" in arrays:
+    _check_pairs(block, arrays["keep_E"], f"block {name}: ")
+  if not any(meeting.on(block, arrays, branch) for branch in meeting.BRANCHES) and isinstance(
+    block, Parallel
+  ):
+    raise ValueError(f"plan: block {name}: both branches off; drop the block (keep_X) instead")
+
+
+def _check_groups(plan: Plan) -> None:
+  """Raises where blocks that read the same keys and values would no longer agree on them."""
+  cfg, stay = plan.config, set(plan.blocks)
+  for owner, *readers in cfg.kv_groups:
+    left = {
+      index: plan.keep.get(block_name(index), {}) for index in (owner, *readers)
+      if index in stay
+    }
+    left = {i: keep for i, keep in left.items() if meeting.on(cfg.blocks[i], keep, "attention")}
+    reading = [index for index in left if index != owner]
+    if reading and owner not in left:
+      raise ValueError(f"plan: block {reading[0]} reads the keys and values of block {owner}, "
+                       "whose attention goes; they go together, or the reader alone")
+    for name, index in itertools.product(ALIKE, reading):
+      if _rows(cfg, index, left[index], name) != _rows(cfg, owner, left[owner], name):
+        raise ValueError(f"plan: block {block_name(index)}: {name} is not that of block "
+                         f"{block_name(owner)}, whose keys and values it reads")
+
+
+def _rows(cfg: ModelConfig, index: int, keep: Mapping[str, Any], name: str) -> Any:
+  """Returns an index array of a block, all of the axis where it has none."""
+  return keep.get(name, tuple(range(cfg.sizes(index).get(axes.of(name), 0))))
+
+
 def check(plan: Plan) -> None:
   """Raises unless every index array fits the plan's parent.
 
@@ -217,19 +303,17 @@ def check(plan: Plan) -> None:
   """
   cfg = plan.config
   folders = {block_name(index): index for index in range(len(cfg.blocks))}
+  sizes = {"D": cfg.D, "V": cfg.V, "X": len(cfg.blocks), "M": cfg.meta}
   for name, value in plan.keep.items():
+    if name == "keep_M" and not cfg.meta:
+      raise ValueError("plan: keep_M, but the parent has no meta tokens")
     if name in OUTSIDE:
-      _check_row(value, {"D": cfg.D, "V": cfg.V, "X": len(cfg.blocks)}[axes.of(name)], name)
+      _check_row(value, sizes[axes.of(name)], name)
       continue
     if name not in folders or not isinstance(value, Mapping):
       raise ValueError(f"plan: {name!r} is neither a block of the parent nor one of {OUTSIDE}")
-    block = cfg.blocks[folders[name]]
-    for inner, array in value.items():
-      if inner not in INSIDE or not set(axes.of(inner)) <= set(block.axes):
-        raise ValueError(f"plan: block {name} ({block.symbol}) has no axis for {inner!r}")
-      _check_array(inner, array, cfg.sizes(folders[name]), f"block {name}: ")
-    if "keep_E" in value:
-      _check_pairs(block, value["keep_E"], f"block {name}: ")
+    _check_inside(cfg, folders[name], value)
+  _check_groups(plan)
   real = plan.keep.get("keep_V", (0,))[0]
   if real >= cfg.real_vocabulary:
     raise ValueError(f"plan: keep_V keeps padding alone, rows from {cfg.real_vocabulary} on")

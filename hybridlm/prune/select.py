@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.config import Attention, Mamba, Mlp, ModelConfig, block_name
+from hybridlm.config import Mlp, ModelConfig, attention_of, block_name, ssm_of
 from hybridlm.prune import sizes, stay
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
@@ -16,6 +16,8 @@ __all__ = [
   "rank_heads", "rank_queries", "sized", "top",
 ]
 WINDOW = "score_window_X"
+# Targets that count blocks, and the score of what the model loses where one block is among them.
+NEEDS = {"noop": "ssm_X", "attention_off": "attention_X", "ssm_off": "ssm_branch_X"}
 
 
 def order(score: np.ndarray) -> np.ndarray:
@@ -48,47 +50,80 @@ def rank_queries(score_KJ: np.ndarray, groups: int, queries: int) -> tuple[np.nd
   return keep_KJ, top(np.linalg.norm(left_KJ, axis=1), groups)
 
 
-def _mixer(block: Any, scores: Scores, name: str, size: dict[str, int]) -> dict[str, np.ndarray]:
+def _mixer(part: Any, scores: Scores, name: str, size: dict[str, int]) -> dict[str, np.ndarray]:
+  if not size["G"]:
+    return {"keep_G": np.zeros(0, np.int32)}
   found = {}
-  if any(size[letter] < getattr(block, letter) for letter in "GHP"):
+  if any(size[letter] < getattr(part, letter) for letter in "GHP"):
     score_GHP = scores.get(f"{name}/score_GHP")
     keep_P, keep_GH = rank_heads(score_GHP, size["P"], size["H"])
     left_GHP = np.take_along_axis(score_GHP[..., keep_P], keep_GH[..., None], axis=1)
     found = {"keep_P": keep_P, "keep_GH": keep_GH,
              "keep_G": top(np.linalg.norm(left_GHP, axis=(1, 2)), size["G"])}
   if size.get("N") == 0:
-    found["keep_GN"] = np.zeros((block.G, 0), np.int32)
-  elif isinstance(block, Mamba) and size["N"] < block.N:
+    found["keep_GN"] = np.zeros((part.G, 0), np.int32)
+  elif size.get("N", np.inf) < getattr(part, "N", 0):
     found["keep_GN"] = top(scores.get(f"{name}/score_GN"), size["N"])
+  if size.get("R", np.inf) < getattr(part, "R", 0):
+    found["keep_R"] = top(scores.get(f"{name}/score_R"), size["R"])
   return found
 
 
 def _attention(
-  block: Attention, scores: Scores, name: str, size: dict[str, int]
+  part: Any, scores: Scores, name: str, size: dict[str, int], group: dict[str, int]
 ) -> dict[str, np.ndarray]:
+  """Returns the index arrays of attention; `group`: the blocks it shares keys with, itself too.
+
+  K, E and U of a group are chosen by the sum of its blocks' scores, J by each block's own: `group`
+  says how many queries of each block are left in every KV group.
+  """
+  if not size["K"]:
+    return {"keep_K": np.zeros(0, np.int32)}
   found = {}
-  if size["J"] < block.J or size["K"] < block.K:
-    score_KJ = scores.get(f"{name}/score_KJ")
-    found["keep_KJ"], found["keep_K"] = rank_queries(score_KJ, size["K"], size["J"])
-  if size["E"] < block.E:
-    best = order(scores.get(f"{name}/score_E"))
-    found["keep_E"] = np.asarray(sizes.keep_width(block, size["E"], best), np.int32)
+  if size["J"] < part.J or size["K"] < part.K:
+    found["keep_KJ"], _ = rank_queries(scores.get(f"{name}/score_KJ"), size["K"], size["J"])
+  if size["K"] < part.K:
+    rows = [(scores.get(f"{each}/score_KJ"), J) for each, J in group.items()]
+    rows = [np.take_along_axis(row, top(row, J), axis=1) for row, J in rows]
+    found["keep_K"] = top(np.sum([np.linalg.norm(row, axis=1) for row in rows], axis=0), size["K"])
+  if size["E"] < part.E:
+    best = order(np.sum([scores.get(f"{each}/score_E") for each in group], axis=0))
+    found["keep_E"] = np.asarray(sizes.keep_width(part, size["E"], best), np.int32)
+  if size.get("U", np.inf) < (part.U or 0):
+    found["keep_U"] = top(np.sum([scores.get(f"{each}/score_U") for each in group], axis=0),
+                          size["U"])
   return found
 
 
 def _inside(
-  cfg: ModelConfig, scores: Scores, index: int, size: dict[str, int]
+  cfg: ModelConfig, scores: Scores, index: int, size: dict[str, int], group: dict[str, int]
 ) -> dict[str, np.ndarray]:
   """Returns the index arrays of one block; an axis that stays whole has none."""
   block, name = cfg.blocks[index], block_name(index)
   if isinstance(block, Mlp):
     whole = size["F"] == block.F
     return {} if whole else {"keep_F": top(scores.get(f"{name}/score_F"), size["F"])}
-  make = _attention if isinstance(block, Attention) else _mixer
-  found = make(block, scores, name, size)
+  attention, mixer, found = attention_of(block), ssm_of(block), {}
+  if attention is not None:
+    found |= _attention(attention, scores, name, size, group)
+  if mixer is not None:
+    found |= _mixer(mixer, scores, name, size)
   last = {"keep_GH": "H", "keep_P": "P", "keep_G": "G", "keep_KJ": "J", "keep_K": "K"}
   whole = {keep for keep, letter in last.items() if size.get(letter) == getattr(block, letter, 0)}
   return {keep: rows for keep, rows in found.items() if keep not in whole}
+
+
+def _groups(cfg: ModelConfig, left: list[int], size: list[dict[str, int]]) -> list[dict[str, int]]:
+  """Returns for each block those whose keys are chosen with its own, with the queries each keeps.
+
+  Blocks that go, and attention that does, have no say in what the others keep.
+  """
+  found = [{block_name(index): own.get("J", 0)} for index, own in enumerate(size)]
+  for group in cfg.kv_groups:
+    reading = [index for index in group if index in left and size[index]["K"]]
+    for index in reading:
+      found[index] = {block_name(other): size[other]["J"] for other in reading}
+  return found
 
 
 def _window(cfg: ModelConfig, scores: Scores, targets: Targets, count: int) -> list[int] | None:
@@ -109,17 +144,20 @@ def _window(cfg: ModelConfig, scores: Scores, targets: Targets, count: int) -> l
   for start in np.argsort(scores.get(WINDOW), kind="stable"):
     left = [index for index in range(total) if not start <= index < start + length]
     kinds = "".join(cfg.blocks[index].symbol for index in left)
+    if stay.torn(cfg, left):
+      continue
     if all(kinds.count(kind) >= floor for kind, floor in floors.items()):
       return left
   raise ValueError(f"target blocks={count}: every window of {length} blocks breaks the floors "
-                   f"{floors}")
+                   f"{floors}" + (" or takes keys that others read" if cfg.kv_groups else ""))
 
 
 def kept_blocks(cfg: ModelConfig, scores: Scores, targets: Targets) -> np.ndarray:
   """Returns the blocks that stay by the target `blocks`: those listed, or the best by score.
 
   A window that goes whole is chosen by what the model loses without it; single blocks by theirs.
-  At least as many of a kind stay as `floors` says.
+  At least as many of a kind stay as `floors` says. A block whose keys and values others read is
+  never behind them.
 
   Raises:
     ValueError: more blocks than the parent has, none, an index that is not one of them, or floors
@@ -134,7 +172,8 @@ def kept_blocks(cfg: ModelConfig, scores: Scores, targets: Targets) -> np.ndarra
   left = _window(cfg, scores, targets, count)
   if left is None:
     floors = stay.depth_floors(targets, count)
-    left = stay.best(order(scores.get("score_X")), cfg.pattern, count, floors)
+    ranked = order(scores.get("score_X"))
+    left = stay.best(ranked, cfg.pattern, count, floors, stay.readers(cfg))
   return np.asarray(left, np.int32)
 
 
@@ -156,7 +195,8 @@ def kept_layers(cfg: ModelConfig, scores: Scores, targets: Targets) -> np.ndarra
   kinds = stay.layers(cfg, target)
   count = stay.counted(target, "layers", len(kinds))
   floors = stay.depth_floors(targets, count, paired=True)
-  first = 2 * np.asarray(stay.best(order(_layer_scores(cfg, scores)), kinds, count, floors))
+  ranked = order(_layer_scores(cfg, scores))
+  first = 2 * np.asarray(stay.best(ranked, kinds, count, floors, stay.by_layer(cfg)))
   return np.stack([first, first + 1], axis=1).ravel().astype(np.int32)
 
 
@@ -167,6 +207,8 @@ def orders(cfg: ModelConfig, scores: Scores, targets: Targets) -> dict[str, Any]
   >>> small = select.sized(cfg, targets, **select.orders(cfg, scores, targets))
   >>> small == select.plan(cfg, scores, targets).small_config()
   True
+
+  But for where the branches of a parallel block meet: see `sized`.
   """
   found: dict[str, Any] = {}
   if sizes.whole(targets.get("blocks")):
@@ -175,8 +217,9 @@ def orders(cfg: ModelConfig, scores: Scores, targets: Targets) -> dict[str, Any]
   if "layers" in targets:
     stay.layers(cfg, targets["layers"])
     found["order_X"] = order(_layer_scores(cfg, scores)).tolist()
-  if sizes.whole(targets.get("noop")) and targets["noop"]:
-    found["order_ssm_X"] = order(scores.get("score_ssm_X")).tolist()
+  for name, depth in NEEDS.items():
+    if sizes.whole(targets.get(name)) and targets[name]:
+      found[f"order_{depth}"] = order(scores.get(f"score_{depth}")).tolist()
   return found
 
 
@@ -184,17 +227,19 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   """Returns the plan that keeps the best-scored entries of every axis.
 
   Inner choices come before outer ones: channels, then heads in each group on the channels that
-  survive, then groups on what survives in them; queries, then KV groups; blocks, then no-ops among
-  those that stay.
+  survive, then groups on what survives in them; queries, then KV groups; blocks, then branches of
+  parallel blocks and no-ops among those that stay.
 
   Args:
     cfg: the parent.
     scores: what `scores.calibrate` measured on it.
-    targets: sizes. D; F; H (heads a group) or heads (a block: a multiple of the groups that stay);
-      P; G; N (0: the SSM becomes a no-op); K; J; E. All but D may be a mapping from block index to
-      size. `noop`: blocks whose SSM becomes a no-op, or how many. `blocks`: how many stay, or the
-      list of those that do; or `layers`: how many pairs of a mixer and an MLP. `floors`: block
-      kind -> how many stay at least. An axis that is not named keeps its size.
+    targets: sizes. D; M; F; H (heads a group) or heads (a block: a multiple of the groups that
+      stay); P; G; N (0: the SSM becomes a no-op); R; K; J; E; U. All but D and M may be a mapping
+      from block index to size; K, E and U of a block hold for those that read its keys. `noop`:
+      blocks whose SSM becomes a no-op, or how many. `attention_off` and `ssm_off`: parallel blocks
+      that lose this branch, or how many. `blocks`: how many stay, or the list of those that do; or
+      `layers`: how many pairs of a mixer and an MLP. `floors`: block kind -> how many stay at
+      least. An axis that is not named keeps its size.
 
   Raises:
     ValueError: an unknown target; a size larger than the parent's, zero, or one that groups cannot
@@ -205,21 +250,23 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   [11]
   """
   sizes.check(cfg, targets)
+  targets = sizes.shared(cfg, targets)
   keep: dict[str, Any] = {}
-  width = sizes.width(cfg, targets)
-  if width < cfg.D:
-    keep["keep_D"] = top(scores.width(), width)
-  left = np.arange(len(cfg.blocks))
-  if "blocks" in targets:
-    keep["keep_X"] = left = kept_blocks(cfg, scores, targets)
-  if "layers" in targets:
-    keep["keep_X"] = left = kept_layers(cfg, scores, targets)
-  count = targets.get("noop", 0)
-  by_need = order(scores.get("score_ssm_X")) if sizes.whole(count) and count else ()
-  noop = stay.silent(cfg, targets, left.tolist(), by_need)
-  for index in range(len(cfg.blocks)):
-    size = sizes.inside(cfg, targets, index, index in noop)
-    found = _inside(cfg, scores, index, size)
+  for letter, parent in (("D", cfg.D), ("M", cfg.meta)):
+    width = sizes.width(cfg, targets, letter) if parent else 0
+    if width < parent:
+      score = scores.width() if letter == "D" else scores.get("score_M")
+      keep[f"keep_{letter}"] = top(score, width)
+  left = list(range(len(cfg.blocks)))
+  for name, choose in (("blocks", kept_blocks), ("layers", kept_layers)):
+    if name in targets:
+      keep["keep_X"] = choose(cfg, scores, targets)
+      left = keep["keep_X"].tolist()
+  ranks = orders(cfg, scores, {name: targets[name] for name in NEEDS if name in targets})
+  gone = stay.fates(cfg, targets, left, **ranks)
+  size = [sizes.inside(cfg, targets, i, gone.get(i, ())) for i in range(len(cfg.blocks))]
+  for index, group in enumerate(_groups(cfg, left, size)):
+    found = _inside(cfg, scores, index, size[index], group)
     if found:
       keep[block_name(index)] = found
   return Plan(cfg, scores.meta["parameters"], keep)

@@ -1,22 +1,45 @@
 """Target sizes: which there are, and what they ask of every block. Nothing here reads a score."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from hybridlm.config import KINDS as SYMBOLS
-from hybridlm.config import Attention, GatedConv, Mamba, Mlp, ModelConfig
-from hybridlm.prune.plan import pairs
+from hybridlm.config import (
+  Attention,
+  Block,
+  GatedConv,
+  Mamba,
+  Mamba1,
+  Mlp,
+  ModelConfig,
+  Parallel,
+  attention_of,
+  ssm_of,
+)
+from hybridlm.prune.plan import ALIKE, pairs
 
 MIXERS = (Mamba, GatedConv)
-# Target -> the block kinds whose size it is. "heads" counts all heads of a block, in all groups.
+# Target -> the kinds of blocks, or of branches, whose size it is. "heads" counts all heads of a
+# block, in all groups.
 KINDS: Mapping[str, tuple[type, ...]] = {
-  "H": MIXERS, "heads": MIXERS, "P": MIXERS, "G": MIXERS, "N": (Mamba,), "F": (Mlp,),
-  "J": (Attention,), "K": (Attention,), "E": (Attention,),
+  "H": (*MIXERS, Mamba1), "heads": (*MIXERS, Mamba1), "P": MIXERS, "G": MIXERS,
+  "N": (Mamba, Mamba1), "R": (Mamba1,), "F": (Mlp,),
+  "J": (Attention,), "K": (Attention,), "E": (Attention,), "U": (Attention,),
 }
-KNOWN = ("D", *KINDS, "noop", "blocks", "layers", "floors")
+# Targets of whole branches: which blocks lose one, or how many.
+OFF = ("attention_off", "ssm_off")
+KNOWN = ("D", "M", *KINDS, "noop", *OFF, "blocks", "layers", "floors")
 Targets = Mapping[str, Any]
+
+
+def part(block: Block, name: str) -> Any:
+  """Returns what a target is a size of: a block or its branch; None where the block has none."""
+  for piece in (attention_of(block), ssm_of(block), block):
+    if isinstance(piece, KINDS[name]) and (name != "U" or piece.U is not None):
+      return piece
+  return None
 
 
 def whole(value: Any) -> bool:
@@ -67,31 +90,32 @@ def check(cfg: ModelConfig, targets: Targets) -> None:
   Raises:
     ValueError: names the target, its value and the rule.
   """
-  present = {type(block) for block in cfg.blocks}
   for name, value in targets.items():
     if name not in KNOWN:
       raise ValueError(f"target {name!r} is not one of {', '.join(KNOWN)}")
-    kinds = KINDS.get(name, ())
-    if kinds and not present & set(kinds):
+    if name in KINDS and not any(part(block, name) for block in cfg.blocks):
       raise ValueError(f"target {name}={value}: no block of {cfg.pattern!r} has this axis")
     if isinstance(value, Mapping) and name != "floors":
-      _check_mapping(cfg, name, value, kinds)
+      _check_mapping(cfg, name, value)
   for pair in (("H", "heads"), ("blocks", "layers")):
     if set(pair) <= set(targets):
       raise ValueError(f"targets {' and '.join(pair)} both given: they are one size in two units")
+  if "M" in targets and not cfg.meta:
+    raise ValueError(f"target M={targets['M']!r}: the parent has no meta tokens")
   if "noop" in targets:
     _check_noop(cfg, targets)
+  _check_off(cfg, targets)
   if "floors" in targets:
     _check_floors(cfg, targets["floors"])
 
 
-def _check_mapping(cfg, name, value, kinds) -> None:
-  if not kinds:
+def _check_mapping(cfg, name, value) -> None:
+  if name not in KINDS:
     raise ValueError(f"target {name}={value!r}: one size for the whole model, not one a block")
   seen = set()
   for index in value:
     number = int(index) if str(index).isdigit() else -1
-    if not 0 <= number < len(cfg.blocks) or not isinstance(cfg.blocks[number], kinds):
+    if not 0 <= number < len(cfg.blocks) or part(cfg.blocks[number], name) is None:
       raise ValueError(f"target {name}: block {index} of {cfg.pattern!r} has no such axis")
     if number in seen:
       raise ValueError(f"target {name}: block {number} is named twice")
@@ -100,7 +124,7 @@ def _check_mapping(cfg, name, value, kinds) -> None:
 
 def _check_noop(cfg: ModelConfig, targets: Targets) -> None:
   value = targets["noop"]
-  mixers = [i for i, block in enumerate(cfg.blocks) if isinstance(block, Mamba)]
+  mixers = [i for i, block in enumerate(cfg.blocks) if isinstance(ssm_of(block), Mamba)]
   if whole(value):
     if not 0 <= value <= len(mixers):
       raise ValueError(f"target noop={value}: {cfg.pattern!r} has {len(mixers)} Mamba blocks")
@@ -119,6 +143,61 @@ def _check_noop(cfg: ModelConfig, targets: Targets) -> None:
     raise ValueError(f"target noop={value!r}: a block is named twice")
 
 
+def forked(block: Block) -> bool:
+  """Whether a block has two branches, so that one may go."""
+  return isinstance(block, Parallel) and None not in (block.attention, block.ssm)
+
+
+def _check_off(cfg: ModelConfig, targets: Targets) -> None:
+  """Raises unless whole branches that go are counted or named, and no block loses both."""
+  able = [index for index, block in enumerate(cfg.blocks) if forked(block)]
+  named: dict[int, str] = {}
+  for name in OFF:
+    value = targets.get(name, 0)
+    if whole(value):
+      if not 0 <= value <= len(able):
+        raise ValueError(f"target {name}={value}: {cfg.pattern!r} has {len(able)} blocks with two "
+                         "branches")
+      continue
+    for index in value if isinstance(value, (list, tuple)) else [None]:
+      if not whole(index) or index not in able:
+        raise ValueError(f"target {name}={value!r}: {index!r} is no block of {cfg.pattern!r} with "
+                         "two branches")
+      if index in named:
+        other = named[index]
+        raise ValueError(f"target {name}={value!r}: block {index} is named twice" if other == name
+                         else f"targets {other} and {name}: block {index} would lose both branches")
+      named[index] = name
+  noop = targets.get("noop", 0)
+  for index in () if whole(noop) else noop:
+    if named.get(index) == "ssm_off":
+      raise ValueError(f"targets noop and ssm_off: block {index} has no SSM left to be a no-op")
+
+
+def shared(cfg: ModelConfig, targets: Targets) -> Targets:
+  """Returns targets by block in which blocks that share keys ask for the same K, E and U.
+
+  What is said of the block that has the keys holds for those that read them.
+
+  Raises:
+    ValueError: a block that reads them is to have another size.
+  """
+  found = dict(targets)
+  for name in (letters.removeprefix("keep_") for letters in ALIKE):
+    if not isinstance(targets.get(name), Mapping) or not cfg.kv_groups:
+      continue
+    sizes = {int(index): size for index, size in targets[name].items()}
+    for owner, *readers in cfg.kv_groups:
+      theirs = sizes.get(owner, getattr(cfg.blocks[owner], name, None))
+      for index in readers:
+        if sizes.get(index, theirs) != theirs:
+          raise ValueError(f"target {name}={sizes[index]!r} of block {index}: it reads the keys "
+                           f"and values of block {owner}, which keeps {name}={theirs!r}")
+      sizes |= dict.fromkeys((index for index in readers if owner in sizes), theirs)
+    found[name] = sizes
+  return found
+
+
 def _check_floors(cfg: ModelConfig, floors: Any) -> None:
   if not isinstance(floors, Mapping):
     raise ValueError(f"target floors={floors!r}: not a table from block kind to a number of blocks")
@@ -130,29 +209,48 @@ def _check_floors(cfg: ModelConfig, floors: Any) -> None:
       raise ValueError(f"target floors: {symbol}={floor!r}, the parent has {have} such blocks")
 
 
-def inside(cfg: ModelConfig, targets: Targets, index: int, noop: bool = False) -> dict[str, int]:
-  """Returns the size of every prunable axis of a block; N = 0 where its SSM becomes a no-op.
+def inside(
+  cfg: ModelConfig, targets: Targets, index: int, off: Collection[str] = ()
+) -> dict[str, int]:
+  """Returns the size of every prunable axis of a block.
+
+  `off` names what of it goes whole: "state" (the SSM becomes a no-op, N = 0), "attention" (K = 0
+  and no other size of it) or "ssm" (G = 0, the same) of a parallel block.
 
   Raises:
     ValueError: names target, value, block and rule.
   """
-  block = cfg.blocks[index]
+  block, found = cfg.blocks[index], {}
   if isinstance(block, Mlp):
     return {"F": wanted(targets, "F", index, block.F)}
-  if isinstance(block, Attention):
-    found = {letter: wanted(targets, letter, index, getattr(block, letter)) for letter in "KJ"}
-    turned = {"per": 2, "least": 2, "rule": "2: under rotary positions channels stay in pairs"}
-    return found | {"E": wanted(targets, "E", index, block.E, **(turned if block.rope else {}))}
-  G = wanted(targets, "G", index, block.G)
-  P = wanted(targets, "P", index, block.P)
-  H = wanted(targets, "H", index, block.H)
+  attention, mixer = attention_of(block), ssm_of(block)
+  if attention is not None:
+    found |= {"K": 0} if "attention" in off else _heads(targets, index, attention)
+  if mixer is not None:
+    found |= {"G": 0} if "ssm" in off else _mixer(targets, index, mixer, "state" in off)
+  return found
+
+
+def _heads(targets: Targets, index: int, part: Attention) -> dict[str, int]:
+  letters = "KJ" if part.U is None else "KJU"
+  turned = {"per": 2, "least": 2, "rule": "2: under rotary positions channels stay in pairs"}
+  found = {letter: wanted(targets, letter, index, getattr(part, letter)) for letter in letters}
+  return found | {"E": wanted(targets, "E", index, part.E, **(turned if part.rope else {}))}
+
+
+def _mixer(targets: Targets, index: int, part: Any, noop: bool) -> dict[str, int]:
+  fixed = isinstance(part, Mamba1)
+  G, P = (getattr(part, x) if fixed else wanted(targets, x, index, getattr(part, x)) for x in "GP")
+  H = wanted(targets, "H", index, part.H)
   if "heads" in targets:
     rule = f"its {G} groups; every group keeps as many heads"
-    whose = "the parent's" if G == block.G else f"what the parent's {G} groups that stay have:"
-    H = wanted(targets, "heads", index, G * block.H, per=G, rule=rule, whose=whose) // G
+    whose = "the parent's" if G == part.G else f"what the parent's {G} groups that stay have:"
+    H = wanted(targets, "heads", index, G * part.H, per=G, rule=rule, whose=whose) // G
   found = {"G": G, "H": H, "P": P}
-  if isinstance(block, Mamba):
-    found["N"] = 0 if noop else wanted(targets, "N", index, block.N, least=0)
+  if isinstance(part, Mamba):
+    found["N"] = 0 if noop else wanted(targets, "N", index, part.N, least=0)
+  if fixed:
+    found |= {letter: wanted(targets, letter, index, getattr(part, letter)) for letter in "NR"}
   return found
 
 
@@ -164,13 +262,14 @@ def rotary(block: Attention, width: int) -> int:
   return max(1, (2 * pairs(block) * width + block.E) // (2 * block.E))
 
 
-def width(cfg: ModelConfig, targets: Targets) -> int:
-  """Returns the residual width that targets ask for.
+def width(cfg: ModelConfig, targets: Targets, letter: str = "D") -> int:
+  """Returns a size of the whole model that targets ask for: D, or M meta tokens.
 
   Raises:
     ValueError: not a whole number of at least 1, or larger than the parent's.
   """
-  return wanted({"D": targets.get("D", cfg.D)}, "D", 0, cfg.D)
+  parent = {"D": cfg.D, "M": cfg.meta}[letter]
+  return wanted({letter: targets.get(letter, parent)}, letter, 0, parent)
 
 
 def keep_width(block: Attention, width: int, order: Any) -> list[int]:

@@ -1,5 +1,6 @@
 """Small models that every law is tried on: sizes pairwise different, gains and biases random."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -9,9 +10,9 @@ import numpy as np
 
 import hybridlm
 from hybridlm import axes
-from hybridlm.config import KINDS, Rope
+from hybridlm.config import KINDS, Fusion, Mamba1, Parallel, Rope, ssm_of
 from hybridlm.nn.lm import HybridLM
-from hybridlm.prune.plan import Plan, pairs
+from hybridlm.prune.plan import ALIKE, Plan, pairs
 from hybridlm.prune.trees import tree_hash
 
 SIZES = {"V": 31, "D": 16, "F": 24, "K": 2, "J": 3, "E": 10, "G": 2, "H": 4, "P": 6, "N": 5, "W": 4}
@@ -47,6 +48,17 @@ def hymba(ssm="mamba2", pattern="=-=-=-=-", **changes):
     **SIDES[ssm], "activation": "swiglu", "rope": Rope(), "window": 11, "meta": 9, "tied": True,
     "global_layers": (0, layers - 1), **shared, **changes,
   })
+
+
+def apart(cfg):
+  """Returns a Hymba whose branches write other channels: those of one can be permuted alone."""
+  def change(block):
+    if not isinstance(block, Parallel):
+      return block
+    Y = block.Y
+    return dataclasses.replace(block, fusion=Fusion("mean", 2 * Y, ((0, Y),), ((Y, 2 * Y),)))
+
+  return cfg.replace(blocks=tuple(change(block) for block in cfg.blocks))
 
 
 @functools.cache
@@ -114,15 +126,27 @@ def permute(cfg, tree, index, letter, order, *, across=False):
   """Returns the tree with one axis of block `index` (None: D or V of all) reordered.
 
   An order of two axes, `order_GH`, orders within each group; `across` orders all heads of a block
-  at once.
+  at once. Of a parallel block, rows of the projection behind the mean go with the branch that
+  writes them; the other must write others (`apart`).
   """
 
   def change(path, leaf):
     letters = axes.of(path[-1].key)
     where = [key.key for key in path]
     mine = index is None or (where[0] == "blocks" and where[1] == f"{index:02d}")
-    if not mine or letter not in letters:
-      return leaf
+    if mine and path[-1].key == "w_out_YD":
+      block = cfg.blocks[int(where[1])]
+      for branch, other in (("attention", "ssm"), ("ssm", "attention")):
+        own = _written(getattr(block, branch))
+        if letter in own:
+          places = np.array(block.fusion.places(branch))
+          theirs = () if getattr(block, other) is None else block.fusion.places(other)
+          assert set(places).isdisjoint(theirs)
+          row = reorder(places.reshape([getattr(block, each) for each in own]), own)
+          leaf = leaf.at[places].set(leaf[row.ravel()])
+    return reorder(leaf, letters) if mine and letter in letters else leaf
+
+  def reorder(leaf, letters):
     axis = letters.index(letter)
     if not across and np.ndim(order) == 1:
       return jnp.take(leaf, order, axis=axis)
@@ -134,11 +158,19 @@ def permute(cfg, tree, index, letter, order, *, across=False):
   return jax.tree_util.tree_map_with_path(change, tree)
 
 
+def _written(part):
+  """Returns the letters of the channels that a branch writes."""
+  if part is None:
+    return ""
+  return f"KJ{part.value}" if hasattr(part, "value") else "GHP"
+
+
 def plan(cfg, tree, sizes, seed=0):
   """Returns a plan that keeps random entries: sizes by letter, or by block index and letter.
 
-  D, V and X (the blocks that stay, listed) are outside sizes. N=0 makes a block a gated
-  convolution. Under rotary positions channels stay by pairs, and a share of the others.
+  D, V, M and X (the blocks that stay, listed) are outside sizes. N=0 makes a block a gated
+  convolution, K=0 and G=0 turn off a branch. Under rotary positions channels stay by pairs, and a
+  share of the others. Blocks that read keys keep what the one that has them does.
   """
   rng, keep = np.random.default_rng(seed), {}
 
@@ -146,19 +178,28 @@ def plan(cfg, tree, sizes, seed=0):
     return np.sort(rng.permutation(parent)[:size])
 
   for letter, size in sizes.items():
-    if letter in ("D", "V"):
+    if letter in ("D", "V", "M"):
       keep[f"keep_{letter}"] = some(getattr(cfg, letter), size)
   if "X" in sizes:
     keep["keep_X"] = sizes["X"]
   for index, block in enumerate(cfg.blocks):
     own = {**{k: v for k, v in sizes.items() if not isinstance(k, int)}, **sizes.get(index, {})}
     keep[f"{index:02d}"] = {}
-    for letter in set(own) & set(block.axes):
+    for letter in sorted(set(own) & set(block.axes)):
+      if letter in "GP" and own[letter] and isinstance(ssm_of(block), Mamba1):
+        continue
       outer = {"H": "G", "N": "G", "J": "K"}.get(letter, "")
       rows = [some(getattr(block, letter), own[letter]) for _ in range(getattr(block, outer, 1))]
       if letter == "E":
         rows = [channels(block, own["E"], rng)]
       keep[f"{index:02d}"][f"keep_{outer}{letter}"] = rows if outer else rows[0]
+  for owner, *readers in cfg.kv_groups:
+    theirs = {name: keep[f"{owner:02d}"][name] for name in ALIKE if name in keep[f"{owner:02d}"]}
+    for index in readers:
+      mine = keep[f"{index:02d}"]
+      off = len(mine.get("keep_K", "on")) == 0
+      rest = {name: rows for name, rows in mine.items() if name not in ALIKE}
+      keep[f"{index:02d}"] = rest | theirs | ({"keep_K": []} if off else {})
   return Plan(cfg, tree_hash(tree), keep)
 
 
