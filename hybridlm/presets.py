@@ -63,7 +63,7 @@ _LAYERS_56 = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 _LAYERS_42 = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
 
 # Patterns and sizes: arXiv 2504.03624, 2504.11409, 2508.14444, 2402.16819, 2407.14679, 2405.21060,
-# 2407.21783, 2411.13676 and the published configurations.
+# 2407.21783, 2411.13676, 2507.22448 and the published configurations.
 SIZES: Mapping[str, Mapping[str, Any]] = {
   "nemotron_h_8b": _nemotron_h(_LAYERS_52, D=4096, F=21504, J=4, H=16),
   "nemotron_h_4b": _nemotron_h(_LAYERS_52, D=3072, F=12288, J=4, H=14),
@@ -80,6 +80,11 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
   "hymba_125m": _hymba(layers=24, D=512, F=1664, K=4, J=2),
   "hymba_350m": _hymba(layers=32, D=768, F=2432, K=4, J=3),
   "hymba_1p5b": _hymba(layers=32, D=1600, F=5504, K=5, J=5),
+  "falcon_h1_0p5b": {
+    "pattern": "=-" * 36, "V": 32784, "D": 1024, "F": 2048, "K": 2, "J": 4, "E": 64, "G": 1,
+    "H": 24, "P": 64, "N": 128, "gate": "none", "fusion": "sum", "rope": Rope(base=1e11),
+    "activation": "swiglu", "context": 16384, "dtype": "bfloat16", "remat": "block",
+  },
   "llama_3p1_8b": {
     "pattern": "*-" * 32, "V": 128256, "D": 4096, "F": 14336, "K": 8, "J": 4, "E": 128,
     "rope": Rope(500000.0, scaling=Llama3Scaling(factor=8.0, low=1.0, high=4.0, context=8192)),

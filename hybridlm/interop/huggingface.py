@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json and safetensors in and out, one tensor at a time."""
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from hybridlm import axes, config, lazy
-from hybridlm.config import GatedConv, Mamba, ModelConfig
+from hybridlm.config import Mamba, ModelConfig
 from hybridlm.interop import beside, folders, layout, safetensors
 from hybridlm.interop.families import FAMILIES, fields, table
 from hybridlm.interop.families.table import Family
@@ -45,9 +46,9 @@ class Published(NamedTuple):
 def open(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, lazy.Leaf]]:
   """Returns the config and the leaves of a Hugging Face folder; leaves are read when asked for.
 
-  Leaves keep their dtype; float16 and float64 become float32. A head that is stored although the
-  config ties it is compared with the embedding: where they differ it is the head, as transformers
-  has it.
+  Leaves keep their dtype; float16 and float64 become float32, and so do those that a multiplier of
+  the config is folded into, unless it is a power of two. A head that is stored although the config
+  ties it is compared with the embedding: where they differ it is the head, as transformers has it.
 
   Raises:
     FileNotFoundError: config.json, the weights or a shard is missing.
@@ -59,10 +60,11 @@ def open(folder: str | os.PathLike) -> tuple[ModelConfig, dict[str, lazy.Leaf]]:
   chosen = _family(plain, place)
   stored = safetensors.open_folder(folder)
   published = _renamed(chosen, stored, os.fspath(folder))
-  cfg = _config(chosen, fields.Fields(plain, place, frozenset(published)))
+  stated = fields.Fields(plain, place, frozenset(published))
+  cfg = _config(chosen, stated)
   if cfg.tied and HEAD in published and not _ties(chosen, published):
     cfg = cfg.replace(tied=False)
-  return cfg, _leaves(chosen, cfg, published, os.fspath(folder))
+  return cfg, _leaves(chosen, cfg, published, chosen.scales(stated, cfg), os.fspath(folder))
 
 
 def _ties(chosen: Family, published: Mapping[str, Any]) -> bool:
@@ -114,7 +116,11 @@ def _renamed(chosen: Family, stored: Mapping[str, Any], place: str) -> dict[str,
 
 
 def _leaves(
-  chosen: Family, cfg: ModelConfig, published: Mapping[str, Any], place: str
+  chosen: Family,
+  cfg: ModelConfig,
+  published: Mapping[str, Any],
+  scales: table.Scales,
+  place: str,
 ) -> dict[str, lazy.Leaf]:
   found = {}
   wanted = table.entries(chosen, cfg)
@@ -131,7 +137,8 @@ def _leaves(
     if tensor.dtype not in DTYPES:
       raise ValueError(f"{place}: tensor {name!r} has dtype {tensor.dtype}, weights have a float")
     for piece, rows in zip(pieces, layout.rows(pieces, sizes), strict=True):
-      found[ours + piece.leaf] = _leaf(piece, tensor, rows, sizes)
+      leaf = _leaf(piece, tensor, rows, sizes)
+      found[ours + piece.leaf] = _scaled(leaf, scales.get(piece.leaf, 1.0))
   extra = sorted(name for name in published.keys() - wanted.keys() if not _known(chosen, cfg, name))
   if extra:
     raise ValueError(f"{place}: tensor {folders.clip(extra[0])} is none that {CONFIG} asks for")
@@ -150,6 +157,19 @@ def _leaf(piece: Piece, tensor: Any, rows: tuple[int, int], sizes: layout.Sizes)
     return layout.to_leaf(piece, tensor.read(rows=rows), sizes).astype(dtype, copy=False)
 
   return lazy.Leaf(axes.shape(piece.name, sizes), dtype, read)
+
+
+def _scaled(leaf: lazy.Leaf, factor: float) -> lazy.Leaf:
+  """Returns a leaf times a number, in float32 where the product may need more digits."""
+  if factor == 1:
+    return leaf
+  exact = abs(math.frexp(factor)[0]) == 0.5
+  dtype = leaf.dtype if exact else np.dtype(np.float32)
+
+  def read() -> np.ndarray:
+    return (leaf.read().astype(np.float32) * np.float32(factor)).astype(dtype, copy=False)
+
+  return lazy.Leaf(leaf.shape, dtype, read)
 
 
 def describe(cfg: ModelConfig, family: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -323,9 +343,10 @@ def serving_notes(cfg: ModelConfig) -> list[str]:
   legal = sorted(set.intersection(*(set(each) for each in counts)))
   notes = [f"tensor parallel sizes this shape allows: {', '.join(map(str, legal))}"]
   for index, block in enumerate(cfg.blocks):
-    if isinstance(block, Mamba | GatedConv):
-      states = block.N if isinstance(block, Mamba) else 0
-      channels = block.G * (block.H * block.P + 2 * states)
+    ssm = config.ssm_of(block)
+    if ssm is not None:
+      states = ssm.N if isinstance(ssm, Mamba) else 0
+      channels = ssm.G * (ssm.H * ssm.P + 2 * states)
       if channels % MULTIPLE:
         notes.append(
           f"block {index} has {channels} convolution channels, CUDA kernels of Mamba-2 need a "
@@ -335,12 +356,13 @@ def serving_notes(cfg: ModelConfig) -> list[str]:
 
 
 def _shard_counts(block: config.Block) -> Iterator[int]:
+  attention, ssm = config.attention_of(block), config.ssm_of(block)
   for count in range(1, SHARDS + 1):
-    if isinstance(block, Mamba | GatedConv):
-      fits = block.G * block.H % count == 0 and (block.G == 1 or block.G % count == 0)
-    elif isinstance(block, config.Attention):
-      fits = block.K * block.J % count == 0 and (block.K % count == 0 or count % block.K == 0)
-    else:
-      fits = block.F % count == 0
+    fits = block.F % count == 0 if isinstance(block, config.Mlp) else True
+    if ssm is not None:
+      fits = ssm.G * ssm.H % count == 0 and (ssm.G == 1 or ssm.G % count == 0)
+    if attention is not None:
+      shares = attention.K % count == 0 or count % attention.K == 0
+      fits = fits and attention.K * attention.J % count == 0 and shares
     if fits:
       yield count

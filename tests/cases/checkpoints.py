@@ -35,6 +35,16 @@ GRANITE = BAMBA | {
   "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 28,
   "attention_multiplier": 0.5, "layer_types": ["linear_attention", "full_attention"],
 }
+FALCON = OUTER | LAYERED | ATTENTION | {
+  "mamba_d_state": 7, "mamba_d_conv": 4, "mamba_chunk_size": CHUNK, "pad_token_id": 0,
+  "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
+MULTIPLIED = {
+  "embedding_multiplier": 5.66, "lm_head_multiplier": 0.35, "key_multiplier": 0.39,
+  "attention_in_multiplier": 1.7, "attention_out_multiplier": 0.8, "ssm_in_multiplier": 1.25,
+  "ssm_out_multiplier": 0.24, "mlp_multipliers": [0.88, -1.4],
+  "ssm_multipliers": [0.35, 2.5, 0.25, 1.4, 0.71],
+}
 
 
 def _nemotron_h(groups, heads, channels, state, **more) -> tuple[str, dict[str, Any]]:
@@ -54,6 +64,14 @@ def _mamba2(groups, heads, channels, state, **more) -> tuple[str, dict[str, Any]
     "expand": 2, "num_hidden_layers": 3, "chunk_size": CHUNK, "initializer_range": 0.02,
   }
   return "Mamba2", OUTER | sizes | more
+
+
+def _falcon_h1(groups, heads, channels, **more) -> tuple[str, dict[str, Any]]:
+  sizes = {
+    "mamba_n_groups": groups, "mamba_n_heads": heads, "mamba_d_head": channels,
+    "mamba_d_ssm": heads * channels,
+  }
+  return "FalconH1", FALCON | sizes | more
 
 
 # Name -> the class's prefix and the arguments of its config.
@@ -108,9 +126,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GraniteMoeHybrid",
     GRANITE | {"mamba_n_groups": 1, "mamba_n_heads": 8, "attention_bias": True},
   ),
+  "granite_scaled": (
+    "GraniteMoeHybrid",
+    GRANITE | {
+      "mamba_n_groups": 2, "mamba_n_heads": 6, "attention_bias": True, "tie_word_embeddings": True,
+      "embedding_multiplier": 12, "attention_multiplier": 0.07, "residual_multiplier": 0.22,
+      "logits_scaling": 3.0,
+    },
+  ),
+  "falcon_h1_plain": _falcon_h1(1, 4, 6),
+  "falcon_h1_norm": _falcon_h1(
+    2, 6, 5, **MULTIPLIED, mamba_rms_norm=True, tie_word_embeddings=True, attention_bias=True
+  ),
+  "falcon_h1_gated": _falcon_h1(
+    2, 6, 3, **MULTIPLIED, mamba_rms_norm=True, mamba_norm_before_gate=False, mlp_bias=True
+  ),
+  "falcon_h1_none": _falcon_h1(
+    1, 8, 3, **MULTIPLIED, mamba_conv_bias=False, attention_bias=True, mlp_bias=True, head_dim=8
+  ),
+  "falcon_h1_tied": _falcon_h1(
+    4, 8, 4, **(MULTIPLIED | {"lm_head_multiplier": -2.0}), tie_word_embeddings=True,
+    time_step_limit=[0.01, 0.08], rms_norm_eps=1e-3,
+  ),
+  "falcon_h1_long": _falcon_h1(
+    3, 6, 2, **MULTIPLIED, mamba_rms_norm=True, mamba_d_ssm=None, mamba_expand=3, mamba_n_heads=9,
+    mamba_d_head="auto", rope_parameters=LLAMA3, mamba_d_conv=3,
+  ),
 }
 GOLDENS = (
   "nemotron_h_g2", "mamba2_g2", "llama3", "nemotron_bias", "bamba_g1", "granite_rope",
+  "falcon_h1_norm",
 )
 
 

@@ -69,8 +69,14 @@ REFUSED = {
   ),
   "layer numbers": ("bamba_g1", {"attn_layer_indices": ["1"]}, "must be a list of layer numbers"),
   "granite experts": ("granite_rope", {"num_local_experts": 4}, "num_local_experts=4"),
-  "multiplier": ("granite_rope", {"embedding_multiplier": 12}, "embedding_multiplier=12: only 1"),
-  "scale": ("granite_rope", {"attention_multiplier": 1.0}, r"only 1/sqrt\(4\) can be read"),
+  "multiplier": ("granite_rope", {"embedding_multiplier": 0}, "a multiplier must be a number of a"),
+  "scale": ("granite_rope", {"attention_multiplier": "1"}, "attention_multiplier='1': a multipl"),
+  "not all": ("falcon_h1_norm", {"ssm_multipliers": [1, 2]}, "must be a list of 5 multipliers"),
+  "no number": ("falcon_h1_norm", {"mlp_multipliers": [1, True]}, "mlp_multipliers=.* a multip"),
+  "endless": ("falcon_h1_norm", {"lm_head_multiplier": 1e40}, "lm_head_multiplier=1e.40: a multip"),
+  "inner": ("falcon_h1_norm", {"mamba_d_ssm": 41}, "41 channels are not 6 heads of 5"),
+  "inner default": ("falcon_h1_norm", {"mamba_d_ssm": None}, "1024 channels are not 6 heads of 5"),
+  "projector": ("falcon_h1_norm", {"projectors_bias": True}, "projectors_bias=True: only False"),
 }
 
 

@@ -68,8 +68,9 @@ def test_a_masked_input_with_its_count_gives_what_the_cut_input_gives(scale):
   assert not np.any(np.delete(got, KEPT_D, axis=-1))
 
 
+@pytest.mark.parametrize("run", [norm.gated_rms_norm, norm.rms_norm_then_gate])
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-def test_the_gated_norm_of_masked_heads_and_channels_is_that_of_the_cut_ones(scale):
+def test_the_gated_norm_of_masked_heads_and_channels_is_that_of_the_cut_ones(scale, run):
   y_BLGHP = draw(B, L, G, H, P, scale=scale[0], offset=scale[1])
   z_BLGHP, gain_GHP = draw(B, L, G, H, P, seed=1), draw(G, H, P, seed=2)
   keep_H, keep_P = np.array([0, 1, 3]), np.array([1, 2, 4, 5])
@@ -82,21 +83,26 @@ def test_the_gated_norm_of_masked_heads_and_channels_is_that_of_the_cut_ones(sca
 
   # z is not masked: silu(z) meets a zero of y.
   count_G = jnp.full(G, float(len(keep_H) * len(keep_P)))
-  got = norm.gated_rms_norm(masked(y_BLGHP), z_BLGHP, masked(gain_GHP), eps=EPS, count_G=count_G)
-  want = norm.gated_rms_norm(cut(y_BLGHP), cut(z_BLGHP), cut(gain_GHP), eps=EPS)
+  got = run(masked(y_BLGHP), z_BLGHP, masked(gain_GHP), eps=EPS, count_G=count_G)
+  want = run(cut(y_BLGHP), cut(z_BLGHP), cut(gain_GHP), eps=EPS)
   np.testing.assert_allclose(cut(got), want, rtol=2e-6, atol=1e-6)
   np.testing.assert_array_equal(got, masked(got))
 
 
-def test_the_gate_comes_before_the_norm_and_groups_do_not_mix():
+def test_the_gate_is_where_its_name_says_and_groups_do_not_mix():
   y_BLGHP, z_BLGHP = draw(B, L, G, H, P), draw(B, L, G, H, P, seed=1)
   gain_GHP = draw(G, H, P, seed=2)
-  got = norm.gated_rms_norm(y_BLGHP, z_BLGHP, gain_GHP, eps=EPS)
-  z = np.asarray(z_BLGHP, np.float64)
-  gated = np.asarray(y_BLGHP) * z / (1 + np.exp(-z))
+  first = norm.gated_rms_norm(y_BLGHP, z_BLGHP, gain_GHP, eps=EPS)
+  last = norm.rms_norm_then_gate(y_BLGHP, z_BLGHP, gain_GHP, eps=EPS)
+  z, y = np.asarray(z_BLGHP, np.float64), np.asarray(y_BLGHP)
+  silu = z / (1 + np.exp(-z))
+  np.testing.assert_allclose(norm.gate(y_BLGHP, z_BLGHP), y * silu, rtol=4e-6, atol=1e-6)
   for g in range(G):
-    want = rms(gated[:, :, g].reshape(B, L, H * P), gain_GHP[g].reshape(H * P))
-    np.testing.assert_allclose(got[:, :, g].reshape(B, L, H * P), want, rtol=4e-6, atol=1e-6)
+    gain = gain_GHP[g].reshape(H * P)
+    want = rms((y * silu)[:, :, g].reshape(B, L, H * P), gain)
+    np.testing.assert_allclose(first[:, :, g].reshape(B, L, H * P), want, rtol=4e-6, atol=1e-6)
+    want = rms(y[:, :, g].reshape(B, L, H * P), gain) * silu[:, :, g].reshape(B, L, H * P)
+    np.testing.assert_allclose(last[:, :, g].reshape(B, L, H * P), want, rtol=4e-6, atol=1e-6)
 
 
 def test_a_different_count_in_each_group_reaches_its_own_group():
@@ -121,10 +127,13 @@ def test_bfloat16_inputs_are_normed_in_float32():
   np.testing.assert_array_equal(got, jnp.array([-1.0, 0.5], jnp.bfloat16))
   y_BLGHP, z_BLGHP = (draw(B, L, G, H, P, seed=seed, dtype=jnp.bfloat16) for seed in (0, 1))
   gain_GHP = draw(G, H, P, seed=2)
-  got = norm.gated_rms_norm(y_BLGHP, z_BLGHP, gain_GHP, eps=EPS)
-  wide = (v.astype(jnp.float32) for v in (y_BLGHP, z_BLGHP))
-  wide = norm.gated_rms_norm(*wide, gain_GHP, eps=EPS)
-  np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
+  wide = [v.astype(jnp.float32) for v in (y_BLGHP, z_BLGHP)]
+  for run in (norm.gated_rms_norm, norm.rms_norm_then_gate):
+    got, want = (run(*arrays, gain_GHP, eps=EPS) for arrays in ((y_BLGHP, z_BLGHP), wide))
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+  np.testing.assert_array_equal(
+    norm.gate(y_BLGHP, z_BLGHP), norm.gate(*wide).astype(jnp.bfloat16)
+  )
 
 
 def test_gradients_of_a_row_of_zeros_are_finite():
@@ -159,32 +168,34 @@ def test_a_count_that_is_traced_gives_one_program_for_all_counts(kind):
   assert compiled == [kind]
 
 
-@pytest.mark.parametrize("kind", ["rms", "layer", "gated"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "gated", "then gate"])
 @pytest.mark.parametrize("counted", [False, True], ids=["all", "counted"])
 def test_gradients_of_the_norms_are_the_slopes_of_their_formulas(kind, counted):
-  count = 11.0 if counted else None
+  count, by_head = 11.0 if counted else None, kind in ("gated", "then gate")
   count_G = jnp.array([19.0, 13.0]) if counted else None
   sizes = [19.0, 13.0] if counted else [H * P, H * P]
 
   def formula(x, gain, other):
-    if kind == "gated":
-      u = x * other / (1 + np.exp(-other))
+    if by_head:
+      silu = other / (1 + np.exp(-other))
+      u = x * silu if kind == "gated" else x
       mean = np.sum(u**2, (-2, -1), keepdims=True) / np.reshape(sizes, (-1, 1, 1))
-      return u / np.sqrt(mean + EPS) * gain
+      return u / np.sqrt(mean + EPS) * gain * (1 if kind == "gated" else silu)
     centre = np.sum(x, -1, keepdims=True) / (count or D) if kind == "layer" else 0
     v = x - centre
     mean = np.sum(v**2, -1, keepdims=True) / (count or D)
     return v / np.sqrt(mean + EPS) * gain + (other if kind == "layer" else 0)
 
   def run(x, gain, other):
-    if kind == "gated":
-      return norm.gated_rms_norm(x, other, gain, eps=EPS, count_G=count_G)
+    if by_head:
+      gated = norm.gated_rms_norm if kind == "gated" else norm.rms_norm_then_gate
+      return gated(x, other, gain, eps=EPS, count_G=count_G)
     if kind == "layer":
       return norm.layer_norm(x, gain, other, eps=EPS, count=count)
     return norm.rms_norm(x, gain, eps=EPS, count=count)
 
-  tail = (G, H, P) if kind == "gated" else (D,)
-  other = (B, L, *tail) if kind == "gated" else tail
+  tail = (G, H, P) if by_head else (D,)
+  other = (B, L, *tail) if by_head else tail
   arrays = [draw(*shape, seed=i) for i, shape in enumerate([(B, L, *tail), tail, other])]
   weight, directions = draw(B, L, *tail, seed=3), [draw(*v.shape, seed=4) for v in arrays]
   slopes = jax.jit(jax.grad(lambda v: jnp.sum(run(*v) * weight)))(arrays)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from hybridlm.interop.families import (
   bamba,
+  falcon_h1,
   granitemoehybrid,
   llama,
   mamba2,
@@ -22,6 +23,7 @@ FAMILIES: Mapping[str, Family] = {
     nemotron.FAMILY,
     bamba.FAMILY,
     granitemoehybrid.FAMILY,
+    falcon_h1.FAMILY,
     mamba2.ORIGINAL,
   )
 }

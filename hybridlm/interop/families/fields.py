@@ -12,6 +12,8 @@ from hybridlm.interop import folders
 LARGEST_SIZE = 2**31 - 1
 # transformers writes floats that JSON lacks as {"__float__": "Infinity"}.
 FLOAT_TAG = "__float__"
+# What a multiplier may be in size: products of a few stay numbers that float32 has.
+MULTIPLIERS = (1e-9, 1e9)
 FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
@@ -94,6 +96,24 @@ class Fields:
     whole = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not whole or not abs(value) < 1e300:
       raise self.error(key, "must be a finite number")
+    return float(value)
+
+  def multiplier(self, key: str) -> float:
+    """Returns a number that weights can be multiplied by; 1 where none is stated."""
+    return self._multiplier(key, self._get(key, 1.0))
+
+  def multipliers(self, key: str, count: int) -> tuple[float, ...]:
+    """Returns `count` numbers that weights can be multiplied by; ones where none are stated."""
+    values = self._get(key, (1.0,) * count)
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+      raise self.error(key, f"must be a list of {count} multipliers")
+    return tuple(self._multiplier(key, value) for value in values)
+
+  def _multiplier(self, key: str, value: Any) -> float:
+    low, high = MULTIPLIERS
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not whole or not low <= abs(value) <= high:
+      raise self.error(key, f"a multiplier must be a number of a size from {low:g} to {high:g}")
     return float(value)
 
   def flag(self, key: str, default: bool) -> bool:

@@ -1,6 +1,6 @@
 """Granite hybrid without experts: Bamba's layers with a fused SwiGLU, with or without positions.
 
-Its multipliers must be one: attention's, which replaces 1/sqrt(E), must be just that.
+Its multipliers become part of the weights; written back, they are one, and attention's 1/sqrt(E).
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from hybridlm.config import Attention, Mlp, ModelConfig, Rope
 from hybridlm.interop.families import bamba, parts, rotary
 from hybridlm.interop.families.fields import Fields
-from hybridlm.interop.families.table import MODEL, Family, block, whole_expansion
+from hybridlm.interop.families.table import MODEL, Family, Scales, block, whole_expansion
 from hybridlm.interop.layout import Piece
 
 WORDS = {"linear_attention": "M", "full_attention": "*", "mamba": "M", "attention": "*"}
@@ -26,9 +26,6 @@ def read(fields: Fields) -> ModelConfig:
   fields.only("mamba_proj_bias", False)
   if fields.plain.get("num_local_experts", 8) != 0:
     raise fields.error("num_local_experts", "a mixture of experts is not known here, only 0")
-  for key in MULTIPLIERS:
-    if fields.number(key, 1.0) != 1:
-      raise fields.error(key, "only 1 can be read")
   whole = parts.read_outer(fields, eps="rms_norm_eps", tied=False)
   layers = fields.layers()
   words = fields.words("layer_types" if fields.has("layer_types") else "layers_block_type")
@@ -47,14 +44,25 @@ def read(fields: Fields) -> ModelConfig:
 
 def _attention(fields: Fields, width: int) -> Attention:
   channels = parts.head_width(fields, width)
-  if not math.isclose(fields.number("attention_multiplier", 1.0), channels**-0.5, rel_tol=1e-6):
-    raise fields.error("attention_multiplier", f"only 1/sqrt({channels}) can be read")
   rope = None
   if fields.only("position_embedding_type", None, "rope", "nope") == "rope":
     rope = rotary.read(fields, channels, partial=1.0)
     if rope.rotary is not None:
       raise fields.error(rotary.PARTIAL, "the class turns every channel of a head")
   return parts.read_attention(fields, width, rope, fields.flag("attention_bias", False))
+
+
+def scales(fields: Fields, cfg: ModelConfig) -> Scales:
+  """Returns what leaves are multiplied by: the class scales activations where we scale weights."""
+  embedding, logits, residual = map(fields.multiplier, MULTIPLIERS)
+  found = dict.fromkeys(("w_out_GHPD", "w_o_KJED", "b_o_D", "w_down_FD"), residual)
+  mixer = block(cfg, "*", None)
+  if mixer is not None:
+    # The class multiplies queries by it instead of by 1/sqrt(E), which is ours.
+    query = fields.multiplier("attention_multiplier") * math.sqrt(mixer.E)
+    query = 1.0 if math.isclose(query, 1.0, rel_tol=1e-6) else query
+    found |= {"w_q_DKJE": query, "b_q_KJE": query}
+  return found | parts.outer_scales(cfg, embedding, 1 / logits)
 
 
 def describe(cfg: ModelConfig) -> dict[str, Any]:
@@ -78,11 +86,8 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _limits(cfg: ModelConfig) -> list[str]:
-  return whole_expansion(cfg) + rotary.reasons(cfg) + [
-    f"block {index} turns {mixer.rope.rotary} of {mixer.E} channels, the class all or none"
-    for index, mixer in enumerate(cfg.blocks)
-    if isinstance(mixer, Attention) and mixer.rope and (mixer.rope.rotary or mixer.E) != mixer.E
-  ]
+  turned = rotary.reasons(cfg) + rotary.whole_reasons(cfg, "all or none")
+  return whole_expansion(cfg) + turned
 
 
 MLP = {
@@ -101,6 +106,7 @@ FAMILY = Family(
   folder="model.layers.{}.",
   per_layer=2,
   read=read,
+  scales=scales,
   describe=describe,
   pattern=bamba.PATTERN,
   fixed={

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hybridlm.config import Attention, ModelConfig
+from hybridlm.config import Attention, ModelConfig, attention_of
 from hybridlm.interop.families import parts, rotary
 from hybridlm.interop.families.fields import Fields
 from hybridlm.interop.families.table import MODEL, Family
@@ -45,23 +45,23 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
 
 def limits(cfg: ModelConfig) -> list[str]:
   """Returns the reasons that no table says: rotary positions, and heads that divide D."""
-  found = rotary_reasons(cfg)
-  for index, mixer in enumerate(cfg.blocks):
-    if not isinstance(mixer, Attention):
-      continue
-    if mixer.rope and (mixer.rope.rotary or mixer.E) != mixer.E:
-      found.append(f"block {index} turns {mixer.rope.rotary} of {mixer.E} channels, the class all")
-    if cfg.D % (mixer.K * mixer.J):
-      found.append(f"D={cfg.D} is not a multiple of its {mixer.K * mixer.J} attention heads")
+  found = rotary_reasons(cfg) + rotary.whole_reasons(cfg)
+  heads = {mixer.K * mixer.J for mixer in cfg.blocks if isinstance(mixer, Attention)}
+  found += [
+    f"D={cfg.D} is not a multiple of its {count} attention heads"
+    for count in heads
+    if cfg.D % count
+  ]
   return sorted(set(found))
 
 
 def rotary_reasons(cfg: ModelConfig) -> list[str]:
   """Returns a reason for every attention block without rotary positions, or with odd ones."""
+  mixers = [attention_of(block) for block in cfg.blocks]
   return [
     f"block {index} has no rotary positions, the class always turns heads"
-    for index, mixer in enumerate(cfg.blocks)
-    if isinstance(mixer, Attention) and mixer.rope is None
+    for index, mixer in enumerate(mixers)
+    if mixer is not None and mixer.rope is None
   ] + rotary.reasons(cfg)
 
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from hybridlm.config import Attention, Mamba, Mlp, ModelConfig, Rope
 from hybridlm.interop.families.fields import Fields
-from hybridlm.interop.families.table import Table
+from hybridlm.interop.families.table import Scales, Table
 from hybridlm.interop.layout import Piece
 
 # Extra tensors that hold no parameter: older checkpoints keep the rotary frequencies.
@@ -18,6 +18,16 @@ def outer(embed: str, final: str, *, norm: Table | None = None) -> Table:
     **(norm or {final: (Piece("final/norm_gain_D", "D"),)}),
     "lm_head.weight": (Piece("head/w_head_DV", "V D"),),
   }
+
+
+def outer_scales(cfg: ModelConfig, embedding: float, logits: float) -> Scales:
+  """Returns what the leaves outside the blocks are to be multiplied by.
+
+  A tied head is the embedding, which is multiplied by `embedding` already: the final norm's gain
+  takes the rest of what the logits are multiplied by.
+  """
+  ends = {"final/norm_gain_D": logits / embedding} if cfg.tied else {"head/w_head_DV": logits}
+  return {"embed/w_embed_VD": embedding, **ends}
 
 
 def rms_norm(name: str) -> Table:
@@ -97,7 +107,9 @@ LONG = MambaKeys(
 )
 
 
-def read_mamba(fields: Fields, keys: MambaKeys, limits: tuple[float, float]) -> Mamba:
+def read_mamba(
+  fields: Fields, keys: MambaKeys, limits: tuple[float, float], gate: str = "gated"
+) -> Mamba:
   """Returns the Mamba-2 block of a config.json.
 
   Raises:
@@ -112,6 +124,7 @@ def read_mamba(fields: Fields, keys: MambaKeys, limits: tuple[float, float]) -> 
     W=fields.integer(keys.taps, 4),
     conv_bias=fields.flag(keys.bias, True),
     dt_limits=limits,
+    gate=gate,
   )
 
 

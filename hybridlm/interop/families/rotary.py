@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from hybridlm.config import Attention, Llama3Scaling, ModelConfig, Rope
+from hybridlm.config import Llama3Scaling, ModelConfig, Rope, attention_of
 from hybridlm.interop.families.fields import Fields
 
 LLAMA3 = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"}
@@ -62,11 +62,22 @@ def theta(rope: Rope) -> float | None:
 
 def reasons(cfg: ModelConfig) -> list[str]:
   """Returns a reason for every attention block whose pairs turn as no single base makes them."""
+  ropes = [getattr(attention_of(block), "rope", None) for block in cfg.blocks]
   return [
-    f"block {index} keeps {len(block.rope.frequency)} pairs of rotary positions that are no "
+    f"block {index} keeps {len(rope.frequency)} pairs of rotary positions that are no "
     "geometric series from 1 on, the class knows one rope_theta"
-    for index, block in enumerate(cfg.blocks)
-    if isinstance(block, Attention) and block.rope and theta(block.rope) is None
+    for index, rope in enumerate(ropes)
+    if rope is not None and theta(rope) is None
+  ]
+
+
+def whole_reasons(cfg: ModelConfig, turned: str = "all") -> list[str]:
+  """Returns a reason for every attention block in which only a part of a head turns."""
+  found = [(index, attention_of(block)) for index, block in enumerate(cfg.blocks)]
+  return [
+    f"block {index} turns {mixer.rope.rotary} of {mixer.E} channels, the class {turned}"
+    for index, mixer in found
+    if mixer is not None and mixer.rope and (mixer.rope.rotary or mixer.E) != mixer.E
   ]
 
 

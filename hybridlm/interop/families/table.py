@@ -3,17 +3,21 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hybridlm import axes, config
-from hybridlm.blocks import Block
-from hybridlm.config import GatedConv, Mamba, ModelConfig
+from hybridlm.blocks import Block, Parallel, attention_of, ssm_of
+from hybridlm.config import GatedConv, Mamba, Mamba1, ModelConfig
 from hybridlm.interop.families.fields import Fields
 from hybridlm.interop.layout import Piece
 
 Table = Mapping[str, tuple[Piece, ...]]
+# A leaf's path within its folder -> what its published values are multiplied by; 1 elsewhere.
+Scales = Mapping[str, float]
 MODEL = "model"
+# What every class can express alone where its family does not say more.
+USUAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {"M": {"gate": ("gated",)}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +33,12 @@ class Family:
     read: `(fields) -> ModelConfig`, from a config.json.
     describe: `(cfg) -> dict`, the family's own keys of a config.json, for a config it can express;
       None where we only read the family.
+    scales: `(fields, cfg) -> Scales`, where a class multiplies activations by numbers that its
+      config.json states: they are folded into the leaves.
     per_layer: blocks of ours in one published layer.
     pattern: regular expression of the block letters a whole model may have, and that in words.
-    fixed: "model" or a block letter -> field -> the values the class can express.
+    fixed: "model" or a block letter -> field -> the values the class can express; a field of a
+      branch of `=` is `attention.rope` or `ssm.N`.
     ties: whether a tied head is expressed without a tensor.
     limits: `(cfg) -> reasons` for rules that are no table.
     renamed: prefixes of tensor names that other versions of the class write, and ours.
@@ -47,6 +54,7 @@ class Family:
   describe: Callable[[ModelConfig], dict[str, Any]] | None
   pattern: tuple[str, str]
   fixed: Mapping[str, Mapping[str, tuple[Any, ...]]]
+  scales: Callable[[Fields, ModelConfig], Scales] = lambda fields, cfg: {}
   per_layer: int = 1
   ties: bool = True
   limits: Callable[[ModelConfig], list[str]] = lambda cfg: []
@@ -85,53 +93,87 @@ def sizes(cfg: ModelConfig, ours: str) -> dict[str, int]:
 
 def reasons(family: Family, cfg: ModelConfig) -> list[str]:
   """Returns every reason why a family's class cannot express a model; nothing if it can."""
-  stateless = [index for index, each in enumerate(cfg.blocks) if isinstance(each, GatedConv)]
-  if stateless:
-    return [
-      f"block {stateless[0]} is a Mamba mixer without its state (a gated convolution), no "
-      "published class has such a block"
-    ]
+  for index, each in enumerate(cfg.blocks):
+    for what in _unpublished(each):
+      return [f"block {index} {what}"]
+  if cfg.meta:
+    return [f"{cfg.meta} meta tokens stand before every document, no published class has them"]
   found = []
   if family.describe is None:
     found.append("this layout is only read")
   rule, words = family.pattern
   if not re.fullmatch(rule, cfg.pattern):
     found.append(f"pattern {cfg.pattern!r} is not {words}")
-  found += _fixed("", cfg, family.fixed.get(MODEL, {}))
+  whole = family.fixed.get(MODEL, {})
+  found += _fixed("", {field: getattr(cfg, field) for field in whole}, whole)
   for symbol in sorted(set(cfg.pattern)):
     where = [i for i, block in enumerate(cfg.blocks) if block.symbol == symbol]
+    rules = {**USUAL.get(symbol, {}), **family.fixed.get(symbol, {})}
     for index in where:
-      rules = family.fixed.get(symbol, {})
-      found += _fixed(f"block {index} ", cfg.blocks[index], rules)
+      found += _fixed(f"block {index} ", _fields(cfg.blocks[index]), rules)
     found += _differences(cfg, where)
   return found + family.limits(cfg)
 
 
-def _fixed(place: str, owner: Any, rules: Mapping[str, tuple[Any, ...]]) -> list[str]:
+def _unpublished(block: Block) -> Iterator[str]:
+  """Yields what a block has that nothing here is written to: one reason, not one a family."""
+  attention, ssm = attention_of(block), ssm_of(block)
+  if isinstance(block, Parallel) and block.fusion.kind == "mean":
+    yield (
+      "joins attention and SSM heads by the mean of their normed channels (Hymba), no published "
+      "class has such a block; our own format holds it"
+    )
+  if isinstance(block, Parallel) and None in (attention, ssm):
+    off = "attention" if attention is None else "SSM"
+    yield f"has its {off} branch off, no published class has such a block"
+  if isinstance(ssm, GatedConv):
+    yield (
+      "is a Mamba mixer without its state (a gated convolution), no published class has such a "
+      "block"
+    )
+  if isinstance(ssm, Mamba1):
+    yield "is a Mamba-1 mixer, which no class that we write has; our own format holds it"
+  if attention is not None and attention.shared:
+    yield "reads the keys and values of a block before it, no published class has such a block"
+  if attention is not None and attention.U is not None:
+    yield f"has values of another width than keys, U={attention.U}, no published class has such"
+
+
+def _fields(block: Any) -> dict[str, Any]:
+  """Returns the fields of a block, or of a part of one, by name; a part has its own in front."""
+  found = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
+  if not isinstance(block, Parallel):
+    return found
+  parts = {name: _fields(part) for name, part in found.items()}
+  return {f"{name}.{field}": part[field] for name, part in parts.items() for field in part}
+
+
+def _fixed(
+  place: str, found: Mapping[str, Any], rules: Mapping[str, tuple[Any, ...]]
+) -> list[str]:
   return [
-    f"{place}has {field}={getattr(owner, field)!r}, the class only knows "
+    f"{place}has {field}={found[field]!r}, the class only knows "
     f"{' or '.join(repr(value) for value in allowed)}"
     for field, allowed in rules.items()
-    if getattr(owner, field) not in allowed
+    if found[field] not in allowed
   ]
 
 
 def _differences(cfg: ModelConfig, where: list[int]) -> list[str]:
   """One reason a field in which blocks of one kind differ: published classes have one size each."""
-  first = cfg.blocks[where[0]]
-  found = []
-  for field in dataclasses.fields(first):
-    values = {index: getattr(cfg.blocks[index], field.name) for index in where}
-    odd = [index for index in where if values[index] != values[where[0]]]
+  fields = {index: _fields(cfg.blocks[index]) for index in where}
+  first, found = fields[where[0]], []
+  for name, value in first.items():
+    odd = [index for index in where if fields[index][name] != value]
     if odd:
       found.append(
-        f"blocks {where[0]} and {odd[0]} differ in {field.name}: {values[where[0]]!r} against "
-        f"{values[odd[0]]!r}"
+        f"blocks {where[0]} and {odd[0]} differ in {name}: {value!r} against "
+        f"{fields[odd[0]][name]!r}"
       )
   return found
 
 
-def block(cfg: ModelConfig, symbol: str, default: Block) -> Block:
+def block(cfg: ModelConfig, symbol: str, default: Block | None) -> Block | None:
   """Returns the first block of a kind; `default` where a model has none of it."""
   return next((each for each in cfg.blocks if each.symbol == symbol), default)
 
