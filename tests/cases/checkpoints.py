@@ -161,11 +161,16 @@ GOLDENS = (
 
 def make(case: str, *, seed: int = 0, **changes: Any):
   """Returns a random torch model of a case; `changes` override its config."""
+  prefix, arguments = CASES[case]
+  return build(prefix, arguments | changes, seed=seed)
+
+
+def build(prefix: str, arguments: dict[str, Any], *, seed: int = 0):
+  """Returns a random torch model of a class, from the arguments of its config."""
   import torch
   import transformers
 
-  prefix, arguments = CASES[case]
-  settings = getattr(transformers, f"{prefix}Config")(**(arguments | changes))
+  settings = getattr(transformers, f"{prefix}Config")(**arguments)
   torch.manual_seed(seed)
   model = getattr(transformers, f"{prefix}ForCausalLM")(settings).eval().float()
   rng = np.random.default_rng(seed)
