@@ -302,8 +302,9 @@ def _left_alone(error: BaseException) -> bool:
   cause = error.__cause__
   if cause is None:
     return False
-  return isinstance(cause, RuntimeError) and bool(ALONE_AGAIN.search(str(cause))) or (
-    _left_alone(cause))
+  # What fails in a library, as an error of either kind; not a mistake that names such a thing.
+  beneath = isinstance(cause, (RuntimeError, ValueError)) and not mistakes.is_mistake(cause)
+  return beneath and bool(ALONE_AGAIN.search(str(cause))) or _left_alone(cause)
 
 
 ALONE = Team()

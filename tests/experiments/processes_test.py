@@ -253,14 +253,15 @@ def test_process_0_ends_when_the_others_have_heard_why(ends):
   assert wait_for(found, {(index, 2) for index in range(3)})
 
 
-def test_what_fails_because_another_process_died_is_no_mistake(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_what_fails_because_another_process_died_is_no_mistake(monkeypatch, kind):
   monkeypatch.setattr(processes, "GRACE", 0.0)
   team = processes.Team(Store(2), 1, 2, heartbeat=0.01)
   with pytest.raises(ValueError) as caught:
     stages.claim(pathlib.Path(__file__).parent, {"config": "c", "file": "f"})
   assert team._verdict(caught.value)[1] == processes.MISTAKE
   # As of a checkpoint that could not be written.
-  caught.value.__cause__ = RuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+  caught.value.__cause__ = kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
   line, code = team._verdict(caught.value)
   assert code == processes.LOST and line.startswith("process 1 of 2 failed")
 
