@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridlm import api, axes, config, lazy, strides
-from hybridlm.config import Attention, Block, ModelConfig, block_name
+from hybridlm import api, axes, config, lazy, patterns, strides
+from hybridlm.config import Block, ModelConfig, block_name
 from hybridlm.nn import lm
 from hybridlm.prune import cut, stream
 from hybridlm.prune.plan import Plan
@@ -123,10 +123,14 @@ def compare(
 
 def _same(one: Block, other: Block) -> bool:
   """Whether blocks are equal, however they say by which angles their heads turn."""
-  if not (isinstance(one, Attention) and isinstance(other, Attention) and one.rope and other.rope):
+  turned = [config.attention_of(block) for block in (one, other)]
+  if not all(attention is not None and attention.rope for attention in turned):
     return one == other
-  plain = [dataclasses.replace(block, rope=None) for block in (one, other)]
-  angles = [block.rope.frequencies(block.E) for block in (one, other)]
+  plain = [
+    patterns.with_attention(block, dataclasses.replace(attention, rope=None))
+    for block, attention in zip((one, other), turned, strict=True)
+  ]
+  angles = [attention.rope.frequencies(attention.E) for attention in turned]
   return plain[0] == plain[1] and len(angles[0]) == len(angles[1]) and np.allclose(
     *angles, rtol=1e-9, atol=0
   )
