@@ -19,8 +19,9 @@ from hybridlm.config import (
   Mamba1,
   ModelConfig,
   Parallel,
-  attention_of,
+  block_name,
 )
+from hybridlm.nn import flow
 
 
 class MambaState(NamedTuple):
@@ -54,6 +55,13 @@ class AttentionState(NamedTuple):
 
   k_BKSE: Float[Array, "B K S E"]
   v_BKSE: Float[Array, "B K S width"]
+
+
+class Slots(NamedTuple):
+  """Keys and values of a block, and of the meta tokens before them, for blocks that share them."""
+
+  state: AttentionState
+  prefix: flow.AttentionPrefix | None
 
 
 SsmState = MambaState | Mamba1State | ConvState
@@ -120,15 +128,28 @@ def _ssm(cfg: ModelConfig, block: Mamba | Mamba1 | GatedConv, batch: int) -> Ssm
   return ConvState(conv_BW)
 
 
-def keys_of(block: Block, state: State) -> AttentionState | None:
-  """Returns the slots that blocks after this one may read too; None: it has none of its own."""
-  own = attention_of(block)
-  if own is None or own.shared:
-    return None
-  return state.attention if isinstance(block, Parallel) else state
+def before(cfg: ModelConfig) -> dict[str, flow.Prefix]:
+  """Returns room for what meta tokens leave behind, by block, as `lm.prefixes` fills it."""
+  made = {block_name(index): _prefix(cfg, block) for index, block in enumerate(cfg.blocks)}
+  return {name: prefix for name, prefix in made.items() if cfg.meta and prefix is not None}
+
+
+def _prefix(cfg: ModelConfig, block: Block) -> flow.Prefix | None:
+  if isinstance(block, Parallel):
+    parts = (block.attention, block.ssm)
+    return flow.ParallelPrefix(*(_prefix(cfg, part) if part else None for part in parts))
+  if isinstance(block, Attention):
+    if block.shared:
+      return None
+    widths = (block.E, block.U or block.E)
+    return flow.AttentionPrefix(
+      *(jnp.zeros((1, cfg.meta, block.K, width), cfg.dtype) for width in widths))
+  if isinstance(block, (Mamba, Mamba1, GatedConv)):
+    return flow.SsmPrefix(*_ssm(cfg, block, 1))
+  return None
 
 
 def nbytes(cfg: ModelConfig, batch: int, size: int) -> int:
-  """Returns the bytes of all blocks' states, without making them."""
-  blocks = jax.eval_shape(lambda: empty(cfg, batch, size)).blocks
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(blocks))
+  """Returns the bytes of all blocks' states and of what meta tokens leave, without making them."""
+  made = jax.eval_shape(lambda: (empty(cfg, batch, size).blocks, before(cfg)))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))

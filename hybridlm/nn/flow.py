@@ -5,23 +5,20 @@ row beside the text; what a block of the text continues from is that block's *pr
 share keys and values read those of an earlier block, its prefix among them.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from hybridlm import patterns
+from hybridlm.config import Block, attention_of
+from hybridlm.ops import attention_blocks
 
-class AttentionPrefix(NamedTuple):
-  """Keys, turned at positions 0 to M - 1, and values of the meta tokens; B = 1.
-
-  `v_BMKE` is U wide where values have a width of their own. `stay_BM`: which of them are seen;
-  None: all.
-  """
-
-  k_BMKE: Float[Array, "B M K E"]
-  v_BMKE: Float[Array, "B M K _"]
-  stay_BM: Bool[Array, "B M"] | None = None
+# Keys, turned at positions 0 to M - 1, and values of the meta tokens.
+AttentionPrefix = attention_blocks.Prefix
 
 
 class SsmPrefix(NamedTuple):
@@ -76,16 +73,58 @@ class Place(NamedTuple):
 ALONE = Place()
 
 
-class Stream(NamedTuple):
-  """What goes from block to block: the text, and where there are any, meta tokens and shared keys.
+class Segments(NamedTuple):
+  """Documents of the text, where its tokens stand in them, and meta tokens: 1 stays, 0 goes."""
 
-  `keys` and `meta_keys` are those of the latest block whose readers are still to come.
-  """
+  text_BL: Int[Array, "B L"] | None = None
+  position_BL: Int[Array, "B L"] | None = None
+  meta_BM: Int[Array, "B M"] | None = None
+
+
+class Streams(NamedTuple):
+  """What goes from block to block: the text and, where there are any, the meta tokens."""
 
   x_BLD: Float[Array, "B L D"]
   meta_BMD: Float[Array, "B M D"] | None = None
-  keys: Keys | None = None
-  meta_keys: Keys | None = None
+
+
+class Shared(NamedTuple):
+  """Keys and values of both streams, from the block that has them to the last that reads them."""
+
+  text: Keys | None = None
+  meta: Keys | None = None
+
+
+def after(
+  inputs: Sequence[Float[Array, "B L ..."]],
+  taps: int,
+  state: Float[Array, "B ..."] | None,
+  segment_BL: Int[Array, "B L"] | None,
+) -> SsmPrefix:
+  """Returns what the text continues from after an SSM mixer has read the meta tokens.
+
+  Args:
+    inputs: of its convolutions; any channel axes follow B L.
+    taps: W of the convolutions; where there are fewer tokens than that, zeros stand before them.
+    state: after the last token.
+    segment_BL: 1 of tokens that stay, 0 of those before them that go; None: all stay.
+  """
+  conv_BL = jnp.concatenate([v.reshape(*v.shape[:2], -1) for v in inputs], axis=2)
+  if segment_BL is not None:
+    conv_BL = jnp.where(segment_BL[..., None] == 1, conv_BL, 0)
+    last_B = segment_BL[:, -1] == 1
+    state = None if state is None else jnp.where(
+      last_B.reshape(-1, *[1] * (state.ndim - 1)), state, 0)
+  padded_BL = jnp.pad(conv_BL, [(0, 0), (taps - 1, 0), (0, 0)])
+  return SsmPrefix(padded_BL[:, padded_BL.shape[1] - taps + 1 :], state)
+
+
+def everywhere(block: Block) -> Block:
+  """Returns a block without its window: meta tokens are seen from anywhere, by each other too."""
+  attention = attention_of(block)
+  if attention is None or attention.window is None:
+    return block
+  return patterns.with_attention(block, dataclasses.replace(attention, window=None))
 
 
 def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:

@@ -1,6 +1,7 @@
 """A Mamba-2 mixer without its state: convolution, skip, gate, norm and projections."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridlm import layout
 from hybridlm.config import GatedConv, ModelConfig
-from hybridlm.nn import mamba
+from hybridlm.nn import flow, mamba
 from hybridlm.nn.cache import ConvState
 from hybridlm.ops.conv import causal_conv, causal_conv_step
 from hybridlm.ops.project import project
@@ -29,26 +30,45 @@ def mix(
   *,
   segment_BL: Int[Array, "B L"] | None = None,
   count: Mapping[str, jax.Array] | None = None,
-) -> tuple[Float[Array, "B L D"], dict[str, jax.Array]]:
-  """Returns the mixer's output for a normed input, and what can be tapped on the way.
+  place: flow.Place = flow.ALONE,
+) -> tuple[Float[Array, "B L D"], dict[str, Any]]:
+  """Returns the mixer's output for a normed input, and what `inner` returns."""
+  seen = inner(cfg, block, leaves, x_BLD, segment_BL=segment_BL, count=count, place=place)
+  return mamba.output(cfg, leaves, seen["y_BLGHP"]), seen
 
-  Taps and `count` are those of `mamba.mix`, without what belongs to the state.
+
+def inner(
+  cfg: ModelConfig,
+  block: GatedConv,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B L D"],
+  *,
+  segment_BL: Int[Array, "B L"] | None = None,
+  count: Mapping[str, jax.Array] | None = None,
+  place: flow.Place = flow.ALONE,
+) -> dict[str, Any]:
+  """Returns the input of the output projection, `y_BLGHP`, and what can be tapped on the way.
+
+  Taps, `count` and `place` are those of `mamba.inner`, without what belongs to the state.
   """
-  cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
+  own = {name: leaf for name, leaf in leaves.items() if name != "w_out_GHPD"}
+  cast = layout.used(cfg.layout, own, x_BLD.dtype)
+  restart_W = None if place.prefix is None else place.prefix.conv_BW.reshape(
+    block.W - 1, block.G, block.H, block.P)
   z_BLGHP, x_BLGHP = (
     layout.constrain(cfg.layout, project(x_BLD, cast[name], quantize=cfg.quantize), "BLGHP")
     for name in ("w_z_DGHP", "w_x_DGHP")
   )
   u_BLGHP = jax.nn.silu(causal_conv(
     x_BLGHP, cast["conv_x_WGHP"], cast.get("conv_bias_x_GHP"), segment_BL=segment_BL,
-    channels="GHP", mesh_axes=layout.LAYOUTS[cfg.layout].activations,
+    restart_W=restart_W, channels="GHP", mesh_axes=layout.LAYOUTS[cfg.layout].activations,
   ))
   count_G = (count or {}).get("count_G")
-  leaves = {**leaves, "w_out_GHPD": cast["w_out_GHPD"]}
-  y_BLD, y_BLGHP = mamba.finish(
-    cfg, block, leaves, _skip(leaves, u_BLGHP), z_BLGHP, count_G=count_G
-  )
-  return y_BLD, {"x_BLGHP": x_BLGHP, "z_BLGHP": z_BLGHP, "u_BLGHP": u_BLGHP, "y_BLGHP": y_BLGHP}
+  y_BLGHP = mamba.gated(cfg, block, leaves, _skip(leaves, u_BLGHP), z_BLGHP, count_G=count_G)
+  seen = {"x_BLGHP": x_BLGHP, "z_BLGHP": z_BLGHP, "u_BLGHP": u_BLGHP, "y_BLGHP": y_BLGHP}
+  if place.keep:
+    seen["prefix"] = flow.after((x_BLGHP,), block.W, None, segment_BL)
+  return seen
 
 
 def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
@@ -61,7 +81,7 @@ def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
   joined = {
     "w_in": jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in ins], axis=1),
     "taps": taps_WGHP.reshape(taps_WGHP.shape[0], -1),
-    "w_out_GHPD": leaves["w_out_GHPD"],
+    **{name: leaves[name] for name in ("w_out_GHPD",) if name in leaves},
   }
   if "conv_bias_x_GHP" in leaves:
     joined["conv_bias"] = leaves["conv_bias_x_GHP"].ravel()
@@ -76,10 +96,30 @@ def _project(block, leaves, x_BLD):
   return z_BL.reshape(*z_BL.shape[:2], block.G, block.H, block.P), conv_BL
 
 
-def _finish(cfg, block, leaves, u_BL, z_BLGHP):
-  """Returns the mixer's output from what the convolution made, before its SiLU."""
+def _heads(cfg, block, leaves, u_BL, z_BLGHP):
+  """Returns the input of the output projection from what the convolution made, before its SiLU."""
   u_BLGHP = jax.nn.silu(u_BL).reshape(z_BLGHP.shape)
-  return mamba.finish(cfg, block, leaves, _skip(leaves, u_BLGHP), z_BLGHP)[0]
+  return mamba.gated(cfg, block, leaves, _skip(leaves, u_BLGHP), z_BLGHP)
+
+
+def prefill_heads(
+  cfg: ModelConfig,
+  block: GatedConv,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B L D"],
+  length_B: Int[Array, "B"],
+  *,
+  prefix: flow.SsmPrefix | None = None,
+) -> tuple[Float[Array, "B L G H P"], ConvState]:
+  """Returns the input of the output projection, and the state after each row's `length_B` tokens.
+
+  `leaves` are `join`ed. Rows continue from `prefix`.
+  """
+  z_BLGHP, conv_BL = _project(block, leaves, x_BLD)
+  before_BW, _ = mamba.started(prefix, x_BLD.shape[0])
+  u_BL = causal_conv(conv_BL, leaves["taps"], leaves.get("conv_bias"), state=before_BW)
+  conv_BW = mamba.last_inputs(conv_BL, length_B, block.W, before_BW)
+  return _heads(cfg, block, leaves, u_BL, z_BLGHP), ConvState(conv_BW)
 
 
 def prefill(
@@ -89,16 +129,29 @@ def prefill(
   x_BLD: Float[Array, "B L D"],
   length_B: Int[Array, "B"],
   *,
-  size: int,
+  prefix: flow.SsmPrefix | None = None,
 ) -> tuple[Float[Array, "B L D"], ConvState]:
-  """Returns the mixer's output and the state after each row's `length_B` tokens.
+  """Returns the mixer's output, and the state, as `prefill_heads` does."""
+  y_BLGHP, state = prefill_heads(cfg, block, leaves, x_BLD, length_B, prefix=prefix)
+  return mamba.write(cfg, leaves, y_BLGHP), state
 
-  `leaves` are `join`ed. `size` is not used: the state has a size of its own.
+
+def step_heads(
+  cfg: ModelConfig,
+  block: GatedConv,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B 1 D"],
+  state: ConvState,
+) -> tuple[Float[Array, "B 1 G H P"], ConvState]:
+  """Returns the input of the output projection for one more token a row, and the state after it.
+
+  `leaves` are `join`ed.
   """
   z_BLGHP, conv_BL = _project(block, leaves, x_BLD)
-  u_BL = causal_conv(conv_BL, leaves["taps"], leaves.get("conv_bias"))
-  y_BLD = _finish(cfg, block, leaves, u_BL, z_BLGHP)
-  return y_BLD, ConvState(mamba.last_inputs(conv_BL, length_B, block.W))
+  u_B, conv_BW = causal_conv_step(
+    conv_BL[:, 0], leaves["taps"], leaves.get("conv_bias"), state.conv_BW
+  )
+  return _heads(cfg, block, leaves, u_B[:, None], z_BLGHP), ConvState(conv_BW)
 
 
 def step(
@@ -107,14 +160,7 @@ def step(
   leaves: Mapping[str, jax.Array],
   x_BLD: Float[Array, "B 1 D"],
   state: ConvState,
-  position_B: Int[Array, "B"],
 ) -> tuple[Float[Array, "B 1 D"], ConvState]:
-  """Returns the mixer's output for one more token a row, and the state after it.
-
-  `leaves` are `join`ed. `position_B` is not used: a convolution does not count.
-  """
-  z_BLGHP, conv_BL = _project(block, leaves, x_BLD)
-  u_B, conv_BW = causal_conv_step(
-    conv_BL[:, 0], leaves["taps"], leaves.get("conv_bias"), state.conv_BW
-  )
-  return _finish(cfg, block, leaves, u_B[:, None], z_BLGHP), ConvState(conv_BW)
+  """Returns the mixer's output for one more token a row, and the state, as `step_heads` does."""
+  y_BLGHP, state = step_heads(cfg, block, leaves, x_BLD, state)
+  return mamba.write(cfg, leaves, y_BLGHP), state

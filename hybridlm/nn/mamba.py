@@ -1,6 +1,7 @@
 """The Mamba-2 mixer (arXiv 2405.21060; layer as in arXiv 2504.11409, section 2)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridlm import layout
 from hybridlm.config import GatedConv, Mamba, ModelConfig
+from hybridlm.nn import flow
 from hybridlm.nn.cache import MambaState
 from hybridlm.ops import norm
 from hybridlm.ops.conv import causal_conv, causal_conv_step
@@ -63,8 +65,23 @@ def finish(
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B L G H P"]]:
   """Returns the output of the mixer and the input of its projection; `y_BLGHP` is the scan's."""
   y_BLGHP = gated(cfg, block, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
+  return write(cfg, leaves, y_BLGHP), y_BLGHP
+
+
+def write(
+  cfg: ModelConfig, leaves: Mapping[str, jax.Array], y_BLGHP: Float[Array, "B L G H P"]
+) -> Float[Array, "B L D"]:
+  """Returns the output projection of all heads' channels."""
   w_out_GHPD = leaves["w_out_GHPD"].astype(y_BLGHP.dtype)
-  return project(y_BLGHP, w_out_GHPD, inputs=3, quantize=cfg.quantize), y_BLGHP
+  return project(y_BLGHP, w_out_GHPD, inputs=3, quantize=cfg.quantize)
+
+
+def output(
+  cfg: ModelConfig, leaves: Mapping[str, jax.Array], y_BLGHP: Float[Array, "B L G H P"]
+) -> Float[Array, "B L D"]:
+  """Returns the output projection, where models are trained, of what `inner` made."""
+  cast = layout.used(cfg.layout, {"w_out_GHPD": leaves["w_out_GHPD"]}, y_BLGHP.dtype)
+  return project(y_BLGHP, cast["w_out_GHPD"], inputs=3, quantize=cfg.quantize)
 
 
 def mix(
@@ -75,16 +92,33 @@ def mix(
   *,
   segment_BL: Int[Array, "B L"] | None = None,
   count: Mapping[str, jax.Array] | None = None,
-) -> tuple[Float[Array, "B L D"], dict[str, jax.Array]]:
-  """Returns the mixer's output for a normed input, and what can be tapped on the way.
+  place: flow.Place = flow.ALONE,
+) -> tuple[Float[Array, "B L D"], dict[str, Any]]:
+  """Returns the mixer's output for a normed input, and what `inner` returns."""
+  seen = inner(cfg, block, leaves, x_BLD, segment_BL=segment_BL, count=count, place=place)
+  return output(cfg, leaves, seen["y_BLGHP"]), seen
+
+
+def inner(
+  cfg: ModelConfig,
+  block: Mamba,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B L D"],
+  *,
+  segment_BL: Int[Array, "B L"] | None = None,
+  count: Mapping[str, jax.Array] | None = None,
+  place: flow.Place = flow.ALONE,
+) -> dict[str, Any]:
+  """Returns the input of the output projection, `y_BLGHP`, and what can be tapped on the way.
 
   Taps: `x_BLGHP` and `z_BLGHP` (projections, before the convolution), `u_BLGHP`, `b_BLGN` and
   `c_BLGN` (after convolution and SiLU), `dt_BLGH` (after softplus and limits), `y_BLGHP` (gated,
   and normed where `block.gate` has a norm: the input of the output projection), `state_BGHPN` (the
   SSM's, after the last position). `count["count_G"]` is the number of surviving channels in each
-  group's norm.
+  group's norm. `place` is of `flow.Place`; `place.keep` adds the prefix.
   """
-  cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
+  own = {name: leaf for name, leaf in leaves.items() if name != "w_out_GHPD"}
+  cast, restart = layout.used(cfg.layout, own, x_BLD.dtype), _restart(block, place.prefix)
   mesh_axes = layout.LAYOUTS[cfg.layout].activations
   wide = jnp.promote_types(x_BLD.dtype, jnp.float32)
 
@@ -98,7 +132,8 @@ def mix(
   def conv(array, stem, letters):
     taps, bias = cast[f"conv_{stem}_W{letters}"], cast.get(f"conv_bias_{stem}_{letters}")
     return jax.nn.silu(causal_conv(
-      array, taps, bias, segment_BL=segment_BL, channels=letters, mesh_axes=mesh_axes
+      array, taps, bias, segment_BL=segment_BL, restart_W=restart.get(stem), channels=letters,
+      mesh_axes=mesh_axes,
     ))
 
   seen = {
@@ -117,14 +152,25 @@ def mix(
     seen["c_BLGN"],
     skip_GH=leaves["skip_GH"],
     segment_BL=segment_BL,
+    restart_GHPN=restart.get("state"),
     impl=cfg.ssd,
     chunk=cfg.chunk,
     mesh_axes=mesh_axes,
   )
   count_G = (count or {}).get("count_G")
-  leaves = {**leaves, "w_out_GHPD": cast["w_out_GHPD"]}
-  y_BLD, y_BLGHP = finish(cfg, block, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
-  return y_BLD, seen | {"y_BLGHP": y_BLGHP, "state_BGHPN": state_BGHPN}
+  y_BLGHP = gated(cfg, block, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
+  if place.keep:
+    read = (x_BLGHP, b_BLGN, c_BLGN)
+    seen["prefix"] = flow.after(read, block.W, state_BGHPN, segment_BL)
+  return seen | {"y_BLGHP": y_BLGHP, "state_BGHPN": state_BGHPN}
+
+
+def _restart(block, prefix) -> dict[str, jax.Array]:
+  """Returns what stands before every document: inputs of x, b and c, and the state."""
+  if prefix is None:
+    return {}
+  parts = zip("xbc", _split(block, prefix.conv_BW), strict=True)
+  return {name: v_BW[0] for name, v_BW in parts} | {"state": prefix.state[0]}
 
 
 def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
@@ -138,7 +184,7 @@ def join(leaves: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
   joined = {
     "w_in": jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in ins], axis=1),
     "taps": jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in taps], axis=1),
-    "w_out_GHPD": leaves["w_out_GHPD"],
+    **{name: leaves[name] for name in ("w_out_GHPD",) if name in leaves},
   }
   if biases[0] is not None:
     joined["conv_bias"] = jnp.concatenate([leaf.ravel() for leaf in biases])
@@ -170,6 +216,34 @@ def _split(block, conv_BL):
   )
 
 
+def prefill_heads(
+  cfg: ModelConfig,
+  block: Mamba,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B L D"],
+  length_B: Int[Array, "B"],
+  *,
+  prefix: flow.SsmPrefix | None = None,
+) -> tuple[Float[Array, "B L G H P"], MambaState]:
+  """Returns the input of the output projection, and the state after each row's `length_B` tokens.
+
+  `leaves` are `join`ed. Steps after a row's end have dt = 0, which leaves its state as it is. Rows
+  continue from `prefix`.
+  """
+  z_BLGHP, conv_BL, dt_BLGH = _project(block, leaves, x_BLD)
+  before_BW, state_BGHPN = started(prefix, x_BLD.shape[0])
+  u_BL = causal_conv(conv_BL, leaves["taps"], leaves.get("conv_bias"), state=before_BW)
+  u_BLGHP, b_BLGN, c_BLGN = _split(block, jax.nn.silu(u_BL))
+  real_BL = jnp.arange(x_BLD.shape[1]) < length_B[:, None]
+  dt_BLGH = jnp.where(real_BL[..., None, None], dt_BLGH, 0)
+  y_BLGHP, ssm_BGHPN = ssd(
+    u_BLGHP, dt_BLGH, rates(leaves), b_BLGN, c_BLGN, skip_GH=leaves["skip_GH"],
+    state_BGHPN=state_BGHPN, impl=cfg.ssd, chunk=cfg.chunk,
+  )
+  conv_BW = last_inputs(conv_BL, length_B, block.W, before_BW)
+  return gated(cfg, block, leaves, y_BLGHP, z_BLGHP), MambaState(conv_BW, ssm_BGHPN)
+
+
 def prefill(
   cfg: ModelConfig,
   block: Mamba,
@@ -177,46 +251,51 @@ def prefill(
   x_BLD: Float[Array, "B L D"],
   length_B: Int[Array, "B"],
   *,
-  size: int,
+  prefix: flow.SsmPrefix | None = None,
 ) -> tuple[Float[Array, "B L D"], MambaState]:
-  """Returns the mixer's output and the state after each row's `length_B` tokens.
+  """Returns the mixer's output, and the state, as `prefill_heads` does."""
+  y_BLGHP, state = prefill_heads(cfg, block, leaves, x_BLD, length_B, prefix=prefix)
+  return write(cfg, leaves, y_BLGHP), state
 
-  `leaves` are `join`ed. Steps after a row's end have dt = 0, which leaves its state as it is.
-  `size` is not used: the state has a size of its own.
-  """
-  z_BLGHP, conv_BL, dt_BLGH = _project(block, leaves, x_BLD)
-  u_BL = jax.nn.silu(causal_conv(conv_BL, leaves["taps"], leaves.get("conv_bias")))
-  u_BLGHP, b_BLGN, c_BLGN = _split(block, u_BL)
-  real_BL = jnp.arange(x_BLD.shape[1]) < length_B[:, None]
-  dt_BLGH = jnp.where(real_BL[..., None, None], dt_BLGH, 0)
-  y_BLGHP, ssm_BGHPN = ssd(
-    u_BLGHP, dt_BLGH, rates(leaves), b_BLGN, c_BLGN, skip_GH=leaves["skip_GH"], impl=cfg.ssd,
-    chunk=cfg.chunk,
-  )
-  y_BLD, _ = finish(cfg, block, leaves, y_BLGHP, z_BLGHP)
-  return y_BLD, MambaState(last_inputs(conv_BL, length_B, block.W), ssm_BGHPN)
+
+def started(
+  prefix: flow.SsmPrefix | None, batch: int
+) -> tuple[Float[Array, "B _ channels"] | None, Float[Array, "B ..."] | None]:
+  """Returns the inputs of the convolution and the state before a row's first token, of each row."""
+  if prefix is None:
+    return None, None
+  return tuple(
+    None if each is None else jnp.broadcast_to(each, (batch, *each.shape[1:])) for each in prefix)
 
 
 def last_inputs(
-  conv_BL: Float[Array, "B L channels"], length_B: Int[Array, "B"], W: int
+  conv_BL: Float[Array, "B L channels"], length_B: Int[Array, "B"], W: int,
+  before_BW: Float[Array, "B _ channels"] | None = None,
 ) -> Float[Array, "B _ channels"]:
-  """Returns the last W - 1 inputs of a convolution within each row's length, zeros before it."""
+  """Returns the last W - 1 inputs of a convolution within each row's length.
+
+  Before the first stand `before_BW`, or zeros.
+  """
+  if before_BW is not None:
+    # Behind the W - 1 inputs before it, position p stands at p + W - 1.
+    conv_BS = jnp.concatenate([before_BW.astype(conv_BL.dtype), conv_BL], axis=1)
+    last_BW = length_B[:, None] + jnp.arange(W - 1)
+    return jnp.take_along_axis(conv_BS, last_BW[..., None], axis=1)
   last_BW = length_B[:, None] + jnp.arange(1 - W, 0)
   conv_BW = jnp.take_along_axis(conv_BL, jnp.maximum(last_BW, 0)[..., None], axis=1)
   return jnp.where(last_BW[..., None] >= 0, conv_BW, 0)
 
 
-def step(
+def step_heads(
   cfg: ModelConfig,
   block: Mamba,
   leaves: Mapping[str, jax.Array],
   x_BLD: Float[Array, "B 1 D"],
   state: MambaState,
-  position_B: Int[Array, "B"],
-) -> tuple[Float[Array, "B 1 D"], MambaState]:
-  """Returns the mixer's output for one more token a row, and the state after it.
+) -> tuple[Float[Array, "B 1 G H P"], MambaState]:
+  """Returns the input of the output projection for one more token a row, and the state after it.
 
-  `leaves` are `join`ed. `position_B` is not used: a recurrence does not count.
+  `leaves` are `join`ed.
   """
   z_BLGHP, conv_BL, dt_BLGH = _project(block, leaves, x_BLD)
   u_B, conv_BW = causal_conv_step(
@@ -229,5 +308,16 @@ def step(
   )
   skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
   y_BLGHP = (y_BGHP[:, None] + skipped_BLGHP).astype(u_BLGHP.dtype)
-  y_BLD, _ = finish(cfg, block, leaves, y_BLGHP, z_BLGHP)
-  return y_BLD, MambaState(conv_BW, ssm_BGHPN)
+  return gated(cfg, block, leaves, y_BLGHP, z_BLGHP), MambaState(conv_BW, ssm_BGHPN)
+
+
+def step(
+  cfg: ModelConfig,
+  block: Mamba,
+  leaves: Mapping[str, jax.Array],
+  x_BLD: Float[Array, "B 1 D"],
+  state: MambaState,
+) -> tuple[Float[Array, "B 1 D"], MambaState]:
+  """Returns the mixer's output for one more token a row, and the state, as `step_heads` does."""
+  y_BLGHP, state = step_heads(cfg, block, leaves, x_BLD, state)
+  return write(cfg, leaves, y_BLGHP), state

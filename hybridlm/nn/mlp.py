@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridlm import layout
 from hybridlm.config import Mlp, ModelConfig
+from hybridlm.nn import flow
 from hybridlm.ops.project import project
 
 
@@ -19,11 +20,12 @@ def mix(
   *,
   segment_BL: Int[Array, "B L"] | None = None,
   count: Mapping[str, jax.Array] | None = None,
+  place: flow.Place = flow.ALONE,
 ) -> tuple[Float[Array, "B L D"], dict[str, jax.Array]]:
   """Returns the layer's output for a normed input, and what can be tapped on the way.
 
   Taps: `up_BLF` (the first projection) and `act_BLF` (the input of the last). Positions do not
-  see each other, so `segment_BL` is not used; nor is `count`, for there is no norm inside.
+  see each other, so `segment_BL` and `place` are not used; nor is `count`, for there is no norm.
   """
   cast = layout.used(cfg.layout, leaves, x_BLD.dtype)
 

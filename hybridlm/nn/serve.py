@@ -1,33 +1,52 @@
 """Decoding: a prompt at once by the chunked scan, then one token a call from constant-size states.
 
 Pure functions over the canonical tree, or over what `fuse` has made of it. FP8 is for training:
-here every projection is in the compute dtype.
+here every projection is in the compute dtype. Meta tokens run when weights are fused, once for all
+rows: what they leave behind lies beside the weights.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridlm.config import Attention, GatedConv, Mamba, Mlp, ModelConfig, block_name
-from hybridlm.nn import attention, gated_conv, held, lm, mamba, mlp, norm
+from hybridlm.config import (
+  Attention,
+  GatedConv,
+  Mamba,
+  Mamba1,
+  Mlp,
+  ModelConfig,
+  Parallel,
+  block_name,
+)
+from hybridlm.nn import attention, gated_conv, held, lm, mamba, mamba1, mlp, norm, parallel
 from hybridlm.nn.cache import Cache
 
 JOIN = {
-  Mamba: mamba.join, GatedConv: gated_conv.join, Attention: attention.join, Mlp: mlp.join,
+  Mamba: mamba.join, Mamba1: mamba1.join, GatedConv: gated_conv.join, Attention: attention.join,
+  Mlp: mlp.join,
 }
 PREFILL = {
-  Mamba: mamba.prefill, GatedConv: gated_conv.prefill, Attention: attention.prefill,
+  Mamba: mamba.prefill, Mamba1: mamba1.prefill, GatedConv: gated_conv.prefill,
+  Attention: attention.prefill, Parallel: parallel.prefill,
 }
-STEP = {Mamba: mamba.step, GatedConv: gated_conv.step, Attention: attention.step}
+STEP = {
+  Mamba: mamba.step, Mamba1: mamba1.step, GatedConv: gated_conv.step, Attention: attention.step,
+  Parallel: parallel.step,
+}
+# Those that read keys and values, and say which they have read: the block after may share them.
+READERS = (Attention, Parallel)
 NORMS = ("norm_gain_D", "norm_bias_D")
 
 
 def fuse(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the weights as decoding reads them fastest: projections joined, in the compute dtype.
 
-  What is fused already comes back as it is. Worth its copy where many tokens follow.
+  What meta tokens leave behind is among them. What is fused already comes back as it is. Worth its
+  copy where many tokens follow.
   """
   if "weights" in params:
     return dict(params)
@@ -35,10 +54,19 @@ def fuse(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
   for index, block in enumerate(cfg.blocks):
     leaves = held.full(params["blocks"][block_name(index)], cfg.dtype)
     norms = {name: leaves[name] for name in NORMS if name in leaves}
-    blocks.append(norms | JOIN[type(block)](leaves, cfg.dtype))
+    join = JOIN.get(type(block), functools.partial(parallel.join, block))
+    blocks.append(norms | join(leaves, cfg.dtype))
   embed_VD = params["embed"]["w_embed_VD"].astype(cfg.dtype)
   head_DV = embed_VD.T if cfg.tied else params["head"]["w_head_DV"].astype(cfg.dtype)
-  return {"weights": blocks, "embed_VD": embed_VD, "head_DV": head_DV, "final": params["final"]}
+  fused = {"weights": blocks, "embed_VD": embed_VD, "head_DV": head_DV, "final": params["final"]}
+  return fused | ({"prefixes": lm.prefixes(cfg, params)} if cfg.meta else {})
+
+
+def _blocks(cfg, weights):
+  """Yields every block with its weights and with what its text continues from, if anything."""
+  prefixes = weights.get("prefixes", {})
+  for index, block in enumerate(cfg.blocks):
+    yield block, weights["weights"][index], prefixes.get(block_name(index))
 
 
 def prefill(
@@ -60,13 +88,16 @@ def prefill(
   """
   cfg, weights = cfg.replace(quantize="none"), fuse(cfg, params)
   x_BLD = weights["embed_VD"][token_BL]
-  states = []
-  for block, leaves in zip(cfg.blocks, weights["weights"], strict=True):
+  states, keys = [], None
+  for block, leaves, prefix in _blocks(cfg, weights):
     norm_BLD = norm.residual(cfg, leaves, x_BLD, None)
     if isinstance(block, Mlp):
       y_BLD, state = mlp.serve(block, leaves, norm_BLD), None
+    elif isinstance(block, READERS):
+      y_BLD, state, keys = PREFILL[type(block)](
+        cfg, block, leaves, norm_BLD, length_B, size=size, prefix=prefix, keys=keys)
     else:
-      y_BLD, state = PREFILL[type(block)](cfg, block, leaves, norm_BLD, length_B, size=size)
+      y_BLD, state = PREFILL[type(block)](cfg, block, leaves, norm_BLD, length_B, prefix=prefix)
     x_BLD = x_BLD + y_BLD
     states.append(state)
   last_BLD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)
@@ -83,13 +114,16 @@ def step(
   """
   cfg, weights = cfg.replace(quantize="none"), fuse(cfg, params)
   x_BLD = weights["embed_VD"][token_B][:, None]
-  states = []
-  for block, leaves, state in zip(cfg.blocks, weights["weights"], cache.blocks, strict=True):
+  states, slots = [], None
+  for state, (block, leaves, prefix) in zip(cache.blocks, _blocks(cfg, weights), strict=True):
     norm_BLD = norm.residual(cfg, leaves, x_BLD, None)
     if isinstance(block, Mlp):
       y_BLD = mlp.serve(block, leaves, norm_BLD)
+    elif isinstance(block, READERS):
+      y_BLD, state, slots = STEP[type(block)](
+        cfg, block, leaves, norm_BLD, state, cache.length_B, prefix=prefix, slots=slots)
     else:
-      y_BLD, state = STEP[type(block)](cfg, block, leaves, norm_BLD, state, cache.length_B)
+      y_BLD, state = STEP[type(block)](cfg, block, leaves, norm_BLD, state)
     x_BLD = x_BLD + y_BLD
     states.append(state)
   return _logits(cfg, weights, x_BLD), Cache(tuple(states), cache.length_B + 1)

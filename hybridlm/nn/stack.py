@@ -34,7 +34,15 @@ Step = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
 
 def program(cfg: ModelConfig) -> Program:
   """Returns the blocks of a model with repeated units as loops, few blocks in all to compile."""
-  return _program(alike(cfg))
+  return _program(alike(cfg), crossed(cfg))
+
+
+def crossed(cfg: ModelConfig) -> frozenset[int]:
+  """Returns the blocks that keys of one before go into, or pass on their way to one behind.
+
+  No loop begins with one, nor ends before one: keys do not go from turn to turn.
+  """
+  return frozenset(index for group in cfg.kv_groups for index in range(group[0] + 1, group[-1] + 1))
 
 
 def alike(cfg: ModelConfig) -> tuple[Hashable, ...]:
@@ -43,20 +51,27 @@ def alike(cfg: ModelConfig) -> tuple[Hashable, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(keys: tuple[Hashable, ...]) -> Program:
+def _program(keys: tuple[Hashable, ...], crossed: frozenset[int]) -> Program:
   numbers: dict[Hashable, int] = {}
   word = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+  word = tuple(~each if index in crossed else each for index, each in enumerate(word))
   return _shifted(_shortest(word, DEPTH)[1], 0)
 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _shortest(word: tuple[int, ...], depth: int) -> tuple[int, Program]:
-  """Returns the least that blocks of these kinds cost to compile, and how they are written then."""
+  """Returns the least that blocks of these kinds cost to compile, and how they are written then.
+
+  Kinds below 0 are of blocks that no loop may begin with or end before.
+  """
   best: list[tuple[int, Program]] = [(0, ())]
   for end in range(1, len(word) + 1):
     cost, items = best[end - 1]
     found = (cost + 1, (*items, end - 1))
-    for width in range(1, end // 2 + 1 if depth else 1):
+    apart = end == len(word) or word[end] >= 0
+    for width in range(1, end // 2 + 1 if depth and apart else 1):
+      if word[end - width] < 0:
+        continue
       turns = 1
       while word[end - (turns + 1) * width : end - turns * width] == word[end - width : end]:
         turns += 1

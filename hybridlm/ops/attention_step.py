@@ -34,17 +34,28 @@ def put(
 def attend(
   q_BKJE: Float[Array, "B K J E"],
   k_BKSE: Float[Array, "B K S E"],
-  v_BKSE: Float[Array, "B K S E"],
+  v_BKSE: Float[Array, "B K S width"],
   position_B: Int[Array, "B"],
-) -> Float[Array, "B K J E"]:
+  before: tuple[Float[Array, "M K E"], Float[Array, "M K width"]] | None = None,
+) -> Float[Array, "B K J width"]:
   """Returns softmax(q k / sqrt(E)) v over the filled slots, in q's dtype, softmax in float32.
 
   The query stands at `position_B`, whose own key is stored. A cache of S slots is a window of S.
+  Keys and values `before` the first position are those of every row, and no window leaves them.
   """
-  dtype = jnp.promote_types(q_BKJE.dtype, jnp.float32)
+  dtype, scale = jnp.promote_types(q_BKJE.dtype, jnp.float32), q_BKJE.shape[-1] ** -0.5
   logit_BKJS = jnp.einsum("BKJE,BKSE->BKJS", q_BKJE, k_BKSE, preferred_element_type=dtype)
   seen_BS = held(position_B, k_BKSE.shape[2]) >= 0
-  logit_BKJS = jnp.where(seen_BS[:, None, None], logit_BKJS * q_BKJE.shape[-1] ** -0.5, FLOOR)
+  logit_BKJS = jnp.where(seen_BS[:, None, None], logit_BKJS * scale, FLOOR)
+  if before is not None:
+    k_MKE, v_MKE = before
+    first_BKJM = jnp.einsum("BKJE,MKE->BKJM", q_BKJE, k_MKE, preferred_element_type=dtype) * scale
+    logit_BKJS = jnp.concatenate([logit_BKJS, first_BKJM], axis=-1)
   weight_BKJS = jax.nn.softmax(logit_BKJS, axis=-1).astype(v_BKSE.dtype)
-  o_BKJE = jnp.einsum("BKJS,BKSE->BKJE", weight_BKJS, v_BKSE, preferred_element_type=dtype)
+  if before is None:
+    o_BKJE = jnp.einsum("BKJS,BKSE->BKJE", weight_BKJS, v_BKSE, preferred_element_type=dtype)
+  else:
+    weight_BKJS, weight_BKJM = jnp.split(weight_BKJS, [v_BKSE.shape[2]], axis=-1)
+    o_BKJE = jnp.einsum("BKJS,BKSE->BKJE", weight_BKJS, v_BKSE, preferred_element_type=dtype)
+    o_BKJE += jnp.einsum("BKJM,MKE->BKJE", weight_BKJM, v_MKE, preferred_element_type=dtype)
   return o_BKJE.astype(q_BKJE.dtype)

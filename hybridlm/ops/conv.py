@@ -14,26 +14,29 @@ def causal_conv(
   *,
   segment_BL: Int[Array, "B L"] | None = None,
   state: Float[Array, "B _ *channels"] | None = None,
+  restart_W: Float[Array, "_ *channels"] | None = None,
   channels: str | None = None,
   mesh_axes: mesh.MeshAxes = mesh.MESH_AXES,
 ) -> Float[Array, "B L *channels"]:
   """Returns y[t] = bias + sum over i of taps[W-1-i] x[t-i], each channel alone, in x's dtype.
 
   Any number of channel axes follows B L (and W). Taps never reach across a change of
-  `segment_BL`; position 0 continues `state`, the W - 1 inputs before it (zeros by default).
+  `segment_BL`; position 0 continues `state`, the W - 1 inputs before it, and all other segments,
+  or without a state that too, `restart_W` (both zeros by default).
   Where `channels` says their letters, every device of a mesh in force works on its own rows,
   channels and positions, by `mesh_axes`; the last inputs before its own come from its neighbours.
-  Raises ValueError where sizes disagree, for L = 0, and for a state of divided positions.
+  Raises ValueError where sizes disagree, for L = 0, and for inputs before divided positions.
   Source: the short convolution of Mamba-2 (arXiv 2405.21060), section 7.
   """
-  _check_shapes(x_BL, taps_W, bias, segment_BL, state)
+  _check_shapes(x_BL, taps_W, bias, segment_BL, state, restart_W)
   if channels is None:
-    return _local(x_BL, taps_W, bias, segment_BL, state)[0]
+    return _local(x_BL, taps_W, bias, segment_BL, state, restart_W)[0]
   axes = mesh.along("L", mesh_axes)
-  if axes and state is not None:
+  if axes and (state is not None or restart_W is not None):
     raise ValueError(f"causal_conv takes no state where {axes[0]} divides the positions")
   arrays = {f"x_BL{channels}": x_BL, f"taps_W{channels}": taps_W, f"bias_{channels}": bias,
-            "segment_BL": segment_BL, f"state_BW{channels}": state}
+            "segment_BL": segment_BL, f"state_BW{channels}": state,
+            f"restart_W{channels}": restart_W}
 
   def run(**given):
     return _local(*(given.get(name) for name in arrays), axis=axes[0] if axes else None)
@@ -41,11 +44,14 @@ def causal_conv(
   return mesh.over(run, arrays, (f"y_BL{channels}",), mesh_axes, "causal_conv")[0]
 
 
-def _local(x_BL, taps_W, bias, segment_BL, state, axis=None):
+def _local(x_BL, taps_W, bias, segment_BL, state, restart_W, axis=None):
   """Returns y of one device's positions; others along mesh axis `axis` hold the rest."""
   dtype, reach = jnp.promote_types(x_BL.dtype, jnp.float32), taps_W.shape[0] - 1
+  again = restart_W is not None and segment_BL is not None
   if segment_BL is None:
     segment_BL = jnp.zeros(x_BL.shape[:2], jnp.int32)
+  if state is None and restart_W is not None:
+    state = jnp.broadcast_to(restart_W, (x_BL.shape[0], *restart_W.shape))
   before_BW = jnp.repeat(segment_BL[:, :1], reach, axis=1)
   if state is None:
     state = jnp.zeros((x_BL.shape[0], reach, *x_BL.shape[2:]), x_BL.dtype)
@@ -56,7 +62,25 @@ def _local(x_BL, taps_W, bias, segment_BL, state, axis=None):
   run_BS = jnp.cumsum(fresh_BS, axis=1, dtype=jnp.int32)
   padded = jnp.concatenate([state.astype(dtype), x_BL.astype(dtype)], axis=1)
   y_BL = _convolve(padded, taps_W.astype(dtype), run_BS)
+  if again:
+    y_BL = y_BL + _restarted(taps_W.astype(dtype), restart_W.astype(dtype), run_BS)
   return ((y_BL if bias is None else y_BL + bias).astype(x_BL.dtype),)
+
+
+def _restarted(taps_W, restart_W, run_BS):
+  """Returns what the inputs before their segment add to the first W - 1 positions of each.
+
+  By a product with ones, of which the way back is one too, and no scattered sum.
+  """
+  W = taps_W.shape[0]
+  if W == 1:
+    return jnp.zeros((), taps_W.dtype)
+  table_W = jnp.stack([
+    sum(taps_W[i] * restart_W[place + i] for i in range(W - 1 - place)) for place in range(W - 1)
+  ])
+  own_BL = sum(v_BL.astype(jnp.int32) for v_BL in _same_run(run_BS, W, 2)[:-1])
+  first_BLW = (own_BL[..., None] == jnp.arange(W - 1)).astype(taps_W.dtype)
+  return jnp.tensordot(first_BLW, table_W, 1, precision="highest")
 
 
 def _halo(axis, x_BL, otherwise_BW):
@@ -133,7 +157,7 @@ def _pad_positions(v_BL, before, after):
   return jnp.pad(v_BL, [(0, 0), (before, after)] + [(0, 0)] * (v_BL.ndim - 2))
 
 
-def _check_shapes(x_BL, taps_W, bias, segment_BL, state):
+def _check_shapes(x_BL, taps_W, bias, segment_BL, state, restart_W):
   """Raises ValueError naming the first array whose shape does not follow x's."""
   B, L, *channels = x_BL.shape
   if L == 0:
@@ -144,6 +168,7 @@ def _check_shapes(x_BL, taps_W, bias, segment_BL, state):
     "bias": (bias, tuple(channels)),
     "segment_BL": (segment_BL, (B, L)),
     "state": (state, (B, W - 1, *channels)),
+    "restart_W": (restart_W, (W - 1, *channels)),
   }
   for name, (array, shape) in expected.items():
     if array is not None and array.shape != shape:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cases import programs
-from hybridlm.ops import attention
+from hybridlm.ops import attention, attention_blocks
 from hybridlm.ops.attention import attend, rotate
 
 B, L, S, K, J, E = 2, 37, 41, 2, 3, 10
@@ -212,7 +212,7 @@ def test_the_kernel_for_tpus_agrees_where_it_can_be_interpreted(window):
     return attention._splash(*args, **form, interpret=True)
 
   def portable(*args, **form):
-    return attention._xla(*args, **form, block=64)
+    return attention_blocks.attend(*args, **form, block=64)
 
   for got, want in zip(outputs(kernel), outputs(portable), strict=True):
     np.testing.assert_allclose(got, want, atol=2e-5)
@@ -274,7 +274,7 @@ BAD = {
   "window": ({"window": 0}, "window 0 is below 1 position"),
   "block": ({"block": 0}, "block 0 is below 1 position"),
   "heads": ({"k_BSKE": ONES((2, 37, 3, 10))}, r"k_BSKE has shape .* ask for \(2, 37, 2, 10\)"),
-  "values": ({"v_BSKE": ONES((2, 37, 2, 9))}, "v_BSKE has shape"),
+  "values": ({"v_BSKU": ONES((2, 37, 3, 10))}, "v_BSKU has shape"),
   "axes": ({"q_BLKJE": ONES((2, 37, 6, 10))}, "must have axes BLKJE"),
   "nothing": ({"q_BLKJE": ONES((2, 0, 2, 3, 10))}, "0 queries cannot be the last of 37"),
   "too few keys": ({"q_BLKJE": ONES((2, 38, 2, 3, 10))}, "38 queries cannot be the last of 37"),
@@ -293,7 +293,7 @@ def test_bad_input_is_refused_in_one_line(case, monkeypatch):
   q_BLKJE, k_BSKE, v_BSKE, _ = make(keys=L)
   changes, message = BAD[case]
   with pytest.raises(ValueError, match=message) as caught:
-    attend(**({"q_BLKJE": q_BLKJE, "k_BSKE": k_BSKE, "v_BSKE": v_BSKE} | changes))
+    attend(**({"q_BLKJE": q_BLKJE, "k_BSKE": k_BSKE, "v_BSKU": v_BSKE} | changes))
   assert "\n" not in str(caught.value)
 
 
