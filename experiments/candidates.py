@@ -134,7 +134,8 @@ class Candidates:
     plan = hybridlm.plan(self.judge.cfg, self._scores, targets)
     losses = self._score(plan)
     plan.save(self.path(key))
-    return {**self.judge.costs(targets), **losses, "plan": f"plans/{key}.json"}
+    costs = self.judge.limits.costs(plan.small_config())
+    return {**costs, **losses, "plan": f"plans/{key}.json"}
 
 
 def by_rule(reasons: Iterable[Iterable[str]]) -> dict[str, int]:

@@ -158,12 +158,13 @@ class Blocks:
 
     rows = [
       count("blocks", lambda i, fate: fate != "gone", *self.sizes.blocks),
-      count("noop", lambda i, fate: fate == "noop", *self.sizes.noops),
+      *(count(name, lambda i, fate, name=name: fate == name, *bounds)
+        for name, bounds in self.sizes.bounds.items()),
     ]
     for kind, floor in self.judge.limits.floors.items():
       rows.append(count(
-        f"floor of {kind}", lambda i, fate, kind=kind: fate == "stays"
-        and cfg.blocks[i].symbol == kind, floor, np.inf))
+        f"floor of {kind}", lambda i, fate, kind=kind: cfg.blocks[i].symbol == kind
+        and fate not in ("gone", *(("noop",) if kind == "M" else ())), floor, np.inf))
     costs = [
       [self._share(width, index, gene) for gene in legal] for index, legal in enumerate(self._legal)
     ]

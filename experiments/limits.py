@@ -6,8 +6,8 @@ from typing import Any
 
 from experiments import budgets
 from experiments.settings import Setup
-from hybridlm.config import Mamba, ModelConfig
-from hybridlm.prune import constraints, cost, latency, select
+from hybridlm.config import Block, Mamba, ModelConfig, ssm_of
+from hybridlm.prune import constraints, cost, latency, select, sizes
 from hybridlm.prune.constraints import Budget, Rules, Source
 
 TIMES = ("prefill", "decode")
@@ -65,7 +65,7 @@ class Limits:
   def block(self, cfg: ModelConfig, index: int) -> dict[str, Any]:
     """Returns the share of one block in what its model costs, by the names of `bounds`."""
     block = cfg.blocks[index]
-    one, two = (self._cost(cfg.replace(blocks=(block,) * count)) for count in (1, 2))
+    one, two = (self._cost(cfg.replace(blocks=_after(block, count))) for count in (1, 2))
     return self._named(two.parameters - one.parameters, two.total_bytes - one.total_bytes,
                        cfg, block)
 
@@ -102,6 +102,12 @@ class Limits:
     return {name: found[name] for name in self.bounds}
 
 
+def _after(block: Block, count: int) -> tuple[Block, ...]:
+  """Returns so many copies of a block, behind one with keys to read if it reads another one's."""
+  own = latency.owning(block)
+  return (*(() if own == block else (own,)), *[block] * count)
+
+
 def of(s: Setup, cfg: ModelConfig, *, measured: bool = True) -> Limits:
   """Returns the limits of a job on a parent; blocks are timed here unless a device is named.
 
@@ -115,16 +121,18 @@ def of(s: Setup, cfg: ModelConfig, *, measured: bool = True) -> Limits:
 def samples(cfg: ModelConfig, choices: Mapping[str, Sequence[int]]) -> list[ModelConfig]:
   """Returns models whose blocks, timed, tell what lies between: the parent and cuts of it.
 
-  The cuts have the largest, the middle and the smallest choice of every size, and where no-ops are
-  among the choices, every SSM gone.
+  The cuts have the largest, the middle and the smallest choice of every size, and where no-ops, or
+  branches off, are among the choices, every SSM, or such branch, gone.
   """
-  inner = {name: sorted(sizes) for name, sizes in choices.items()
-           if sizes and name not in ("blocks", "layers", "noop")}
-  wanted = [{name: sizes[at(len(sizes))] for name, sizes in inner.items()}
+  inner = {name: sorted(each) for name, each in choices.items()
+           if each and name not in ("blocks", "layers", "noop", *sizes.OFF)}
+  wanted = [{name: each[at(len(each))] for name, each in inner.items()}
             for at in (lambda n: n - 1, lambda n: n // 2, lambda n: 0)]
   if any(choices.get("noop", ())):
-    mixers = [i for i, block in enumerate(cfg.blocks) if isinstance(block, Mamba)]
+    mixers = [i for i, block in enumerate(cfg.blocks) if isinstance(ssm_of(block), Mamba)]
     wanted += [{"noop": mixers}, wanted[-1] | {"noop": mixers}]
+  forked = [i for i, block in enumerate(cfg.blocks) if sizes.forked(block)]
+  wanted += [{name: forked} for name in sizes.OFF if any(choices.get(name, ()))]
   found = [cfg]
   for targets in wanted:
     try:

@@ -159,7 +159,7 @@ def _apart(pairs: Sequence[align.Pair], seen, shown, weight_BL, name: str) -> ja
     theirs = pair.of_teacher(shown[pair.teacher][pair.tap])
     kinds.setdefault(pair.kind, []).append(intermediates.total(
       seen[pair.student][pair.tap], theirs, weight_BL, axes=axes.of(pair.tap),
-      vector=align.TAPS[pair.kind][1], loss=name,
+      vector=pair.vector, loss=name,
     ))
   return sum(sum(each) / len(each) for each in kinds.values()) / len(kinds)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from hybridlm import axes
-from hybridlm.config import ModelConfig, block_name
+from hybridlm.config import Block, Mamba1, ModelConfig, block_name, ssm_of
 from hybridlm.prune import cut
 from hybridlm.prune.plan import Plan
 
@@ -20,24 +20,23 @@ from hybridlm.prune.plan import Plan
 TAPS: Mapping[str, tuple[str, str]] = {
   "out": ("out_BLD", "D"), "mix": ("mix_BLD", "D"), "state": ("state_BGHPN", "PN"),
 }
+# The same of a Mamba-1 mixer, whose heads have one channel each.
+MAMBA1: Mapping[str, tuple[str, str]] = {**TAPS, "state": ("state_BGHN", "N")}
 
 
 class Pair(NamedTuple):
   """One tap of a block of the student and of one of the teacher.
 
   kind: of `TAPS`.  student, teacher: the blocks' folders.  keeps: the index arrays of each cut
-  between the two, in order.
+  between the two, in order.  tap: its name.  vector: the axes that make one vector.
   """
 
   kind: str
   student: str
   teacher: str
   keeps: tuple[Mapping[str, np.ndarray], ...]
-
-  @property
-  def tap(self) -> str:
-    """The tap's name."""
-    return TAPS[self.kind][0]
+  tap: str
+  vector: str
 
   def of_teacher(self, array: jax.Array) -> jax.Array:
     """Returns the teacher's activation with the channels that the student has, in its order."""
@@ -75,13 +74,19 @@ def pairs(
     for plan in reversed(plans):
       old = plan.blocks[old]
       keeps.insert(0, plan.inside(old))
-    for kind in kinds:
-      if kind != "state" or "N" in cfg.blocks[index].axes:
-        found.append(Pair(kind, block_name(index), block_name(old), tuple(keeps)))
+    taps = _taps(cfg.blocks[index])
+    found += [Pair(kind, block_name(index), block_name(old), tuple(keeps), *taps[kind])
+              for kind in kinds if kind in taps]
   missing = set(kinds) - {pair.kind for pair in found}
   if missing:
     raise ValueError(f"intermediate: {min(missing)!r}: no block of {cfg.pattern!r} has one")
   return tuple(found)
+
+
+def _taps(block: Block) -> dict[str, tuple[str, str]]:
+  """Returns what can be compared of a block: a state of those that have one alone."""
+  taps = MAMBA1 if isinstance(ssm_of(block), Mamba1) else TAPS
+  return {kind: tap for kind, tap in taps.items() if kind != "state" or "N" in block.axes}
 
 
 def _check(cfg: ModelConfig, teacher: ModelConfig, plans: Sequence[Plan]) -> None:

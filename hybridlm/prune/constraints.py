@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hybridlm.config import Attention, Block, GatedConv, Mamba, Mlp, ModelConfig, block_name
+from hybridlm.config import Block, Mlp, ModelConfig, attention_of, block_name, ssm_of
 from hybridlm.prune import cost as costs
 from hybridlm.prune import latency
 from hybridlm.prune.devices import Device
 
-MIXERS = (Mamba, GatedConv)
 # Bound of a budget -> its unit, and whether the measured value must not be below it.
 BOUNDS: Mapping[str, tuple[str, bool]] = {
   "parameters": ("", False), "memory_bytes": (" GiB", False), "prefill_seconds": (" s", False),
   "decode_seconds": (" s", False), "tokens_per_second": (" tokens/s", True),
 }
+# Names that `Rules.divisors` may have.
+SIZED = ("D", "heads", "blocks", "F", "K", "J", "E", "G", "H", "P", "N", "V", "U", "R", "M")
 TIMED = ("prefill_seconds", "decode_seconds", "tokens_per_second")
 Source = Device | latency.Table | None
 Number = int | float
@@ -99,7 +100,7 @@ class Rules:
 
   def __post_init__(self):
     for letter, divisor in self.divisors.items():
-      if letter not in ("D", "heads", "blocks", "F", "K", "J", "E", "G", "H", "P", "N", "V"):
+      if letter not in SIZED:
         raise ValueError(f"rules: divisors names {letter!r}, which is no size")
       _whole(f"divisors.{letter}", divisor)
     for symbol, floor in self.floors.items():
@@ -198,9 +199,15 @@ def _each(cfg: ModelConfig, of: Callable[[Block], Any]) -> dict[int, Any]:
 
 def _size(block: Block, letter: str) -> int | None:
   """Returns the size a block has under a name of `Rules.divisors`."""
+  ssm = ssm_of(block)
   if letter == "heads":
-    return block.G * block.H if isinstance(block, MIXERS) else None
+    return None if ssm is None else ssm.G * ssm.H
   return getattr(block, letter) if letter in block.axes else None
+
+
+def _whole_size(cfg: ModelConfig, letter: str) -> int:
+  """Returns a size of the whole model under a name of `Rules.divisors`."""
+  return {"D": cfg.D, "V": cfg.V, "M": cfg.meta, "blocks": len(cfg.blocks)}[letter]
 
 
 def _undivided(block: Block, letter: str, divisor: int) -> int | None:
@@ -211,11 +218,8 @@ def _undivided(block: Block, letter: str, divisor: int) -> int | None:
 def _divisors(parent: ModelConfig, small: ModelConfig, rules: Rules) -> list[str]:
   lines = []
   for letter, divisor in rules.divisors.items():
-    if letter in ("D", "V", "blocks"):
-      have, had = (
-        len(each.blocks) if letter == "blocks" else getattr(each, letter)
-        for each in (small, parent)
-      )
+    if letter in ("D", "V", "M", "blocks"):
+      have, had = (_whole_size(each, letter) for each in (small, parent))
       wrong = {None: have} if have % divisor and have != had else {}
     else:
       wrong = _each(small, functools.partial(_undivided, letter=letter, divisor=divisor))
@@ -259,15 +263,18 @@ def _convolutions(small: ModelConfig, rules: Rules) -> list[str]:
 
 def unsplit(block: Block, shards: int) -> str | None:
   """Returns why a server cannot split a block over `shards` devices; None: it can."""
-  if isinstance(block, MIXERS):
-    heads = block.G * block.H
-    if block.G > 1 and block.G % shards:
-      return f"G={block.G} SSM groups"
-    return f"{heads} SSM heads" if heads % shards else None
-  if isinstance(block, Attention):
-    if block.K * block.J % shards:
-      return f"{block.K * block.J} query heads"
-    return f"K={block.K} KV heads" if block.K % shards and shards % block.K else None
+  ssm, attention = ssm_of(block), attention_of(block)
+  if ssm is not None:
+    heads = ssm.G * ssm.H
+    if ssm.G > 1 and ssm.G % shards:
+      return f"G={ssm.G} SSM groups"
+    if heads % shards:
+      return f"{heads} SSM heads"
+  if attention is not None:
+    if attention.K * attention.J % shards:
+      return f"{attention.K * attention.J} query heads"
+    if attention.K % shards and shards % attention.K:
+      return f"K={attention.K} KV heads"
   return f"F={block.F}" if isinstance(block, Mlp) and block.F % shards else None
 
 
@@ -284,12 +291,12 @@ def _inner(
 ) -> list[str]:
   if not rules.inner_share:
     return []
-  had = {i: b.G * b.H * b.P for i, b in enumerate(parent.blocks) if isinstance(b, MIXERS)}
+  had = {i: b.G * b.H * b.P for i, b in enumerate(map(ssm_of, parent.blocks)) if b is not None}
   if kept is None and len(small.blocks) == len(parent.blocks):
     kept = range(len(parent.blocks))
   wrong = {}
-  for index, block in enumerate(small.blocks):
-    if isinstance(block, MIXERS):
+  for index, block in enumerate(map(ssm_of, small.blocks)):
+    if block is not None:
       inner = block.G * block.H * block.P
       own = min(had.values()) if kept is None else had[kept[index]]
       if inner < rules.inner_share * own:

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes
-from hybridlm.config import ModelConfig, block_name
+from hybridlm.config import Mamba, ModelConfig, Parallel, block_name, ssm_of
 from hybridlm.prune.estimators.fold import Apply
 
 Hidden = Callable[[Any, Mapping[str, Any]], tuple[jax.Array, jax.Array]]
 Lost = Callable[[np.ndarray, np.ndarray], np.ndarray]
 ESTIMATORS = ("kl", "mse", "greedy", "influence", "window")
 NOOP = ("kl",)
+# What a parallel block loses with one of its branches off.
+BRANCHES = ("score_attention_X", "score_ssm_branch_X")
+# Leaves through which blocks write to the residual stream.
+WRITES = ("w_o_", "b_o_", "w_out_", "w_down_", "b_down_")
 WHOLE = {"precision": "highest"}
 # Positions whose logits are held at a time, a row.
 _CHUNK = 64
@@ -41,20 +45,35 @@ def check(cfg: ModelConfig, depth: str | None, window: int | None, noop: str | N
 
 
 def damped(
-  cfg: ModelConfig, params: Mapping[str, Any], stay_X: Any, state_X: Any
+  cfg: ModelConfig, params: Mapping[str, Any], stay_X: Any, state_X: Any,
+  attention_X: Any = None, ssm_X: Any = None,
 ) -> dict[str, Any]:
   """Returns the tree with every leaf of block i times `stay_X[i]`, those with N also `state_X[i]`.
 
   A block of zeros adds nothing; one whose leaves with N are zero is its own no-op: y = D x after
-  the convolution, gated and normed.
+  the convolution, gated and normed. Of a block whose keys others read only what it writes to the
+  residual stream is damped. `attention_X` and `ssm_X`: what a branch of a parallel block puts in.
   """
   blocks = {}
-  for index in range(len(cfg.blocks)):
+  lends = {group[0] for group in cfg.kv_groups}
+  for index, block in enumerate(cfg.blocks):
     folder = params["blocks"][block_name(index)]
+    branches = _writes(block) if attention_X is not None else ()
     for name, leaf in folder.items():
-      share = stay_X[index] * (state_X[index] if "N" in axes.of(name) else 1.0)
+      stay = 1.0 if index in lends and not name.startswith(WRITES) else stay_X[index]
+      share = stay * (state_X[index] if "N" in axes.of(name) else jnp.ones(()))
+      for stems, each_X in zip(branches, (attention_X, ssm_X), strict=False):
+        share = share * (each_X[index] if name.startswith(stems) else 1.0)
       blocks.setdefault(block_name(index), {})[name] = leaf * share.astype(leaf.dtype)
   return {**params, "blocks": blocks}
+
+
+def _writes(block: Any) -> tuple[tuple[str, ...], ...]:
+  """Returns stems of the leaves through which attention, and SSM, of a parallel block write."""
+  if not isinstance(block, Parallel):
+    return ()
+  mean = block.fusion.kind == "mean"
+  return (("attention_gain",), ("ssm_gain",)) if mean else (("w_o_", "b_o_"), ("w_out_",))
 
 
 def _excess(g):
@@ -118,22 +137,51 @@ def losses(
 ) -> Callable[[Any, Mapping[str, Any]], Lost]:
   """Returns `(params, batch) -> lost`, and `lost(stay_X, state_X)` what each row loses: [B].
 
-  One program serves every choice of blocks. Divided by L, sums of rows over their weights are means
-  a token.
+  Where blocks have two branches, `lost` takes `attention_X` and `ssm_X` too, as `damped` does. One
+  program serves every choice. Divided by L, sums of rows over their weights are means a token.
   """
   whole = jax.jit(hidden)
+  branched = any(map(_writes, cfg.blocks))
 
   @jax.jit
-  def program(params, stay_X, state_X, batch, full):
-    small = hidden(damped(cfg, params, stay_X, state_X), batch)
+  def program(params, shares, batch, full):
+    small = hidden(damped(cfg, params, *shares), batch)
     return LOSSES[name](cfg, full, small, batch) / batch["weight_BL"].shape[1]
 
   def of(params, batch):
     full = whole(params, batch)
-    return lambda stay_X, state_X: program(
-      params, np.asarray(stay_X, np.float32), np.asarray(state_X, np.float32), batch, full)
+
+    def lost(stay_X, state_X, *branches):
+      none = without(cfg, [])
+      branches = branches or ((none, none) if branched else ())
+      shares = tuple(np.asarray(v, np.float32) for v in (stay_X, state_X, *branches))
+      return program(params, shares, batch, full)
+
+    return lost
 
   return of
+
+
+@functools.lru_cache(maxsize=16)
+def tokens(cfg: ModelConfig, hidden: Callable[..., Any]) -> Callable[..., dict[str, jax.Array]]:
+  """Returns `(params, batch) -> {"score_M": [rows, M]}`: what each row loses without a meta token.
+
+  The KL of the logits, as of blocks. `hidden` takes what stays (`prune.cut.mask`) as a third
+  argument; one program serves all tokens.
+  """
+  whole = jax.jit(hidden)
+
+  @jax.jit
+  def program(params, stay_M, batch, full):
+    small = hidden(params, batch, {"stay_M": stay_M})
+    return _kl(cfg, full, small, batch) / batch["weight_BL"].shape[1]
+
+  def run(params, batch):
+    full, every = whole(params, batch), np.arange(cfg.meta)
+    lost = [program(params, every != gone, batch, full) for gone in every]
+    return {"score_M": jnp.stack(lost, 1)}
+
+  return run
 
 
 def without(cfg: ModelConfig, gone: Sequence[int]) -> np.ndarray:
@@ -149,14 +197,33 @@ def _each(cfg: ModelConfig, lost: Lost) -> list[Any]:
 
 
 def _windows(cfg: ModelConfig, lost: Lost, window: int) -> list[Any]:
-  every, count = without(cfg, []), len(cfg.blocks) - window + 1
-  return [lost(without(cfg, range(first, first + window)), every) for first in range(count)]
+  every, found = without(cfg, []), []
+  for first in range(len(cfg.blocks) - window + 1):
+    gone = range(first, first + window)
+    # Whoever reads the keys of another block stays no longer than that.
+    alone = any(group[0] in gone and group[-1] not in gone for group in cfg.kv_groups)
+    found.append(None if alone else lost(without(cfg, gone), every))
+  return found
 
 
 def _silent(cfg: ModelConfig, lost: Lost) -> list[Any]:
   every, found = without(cfg, []), []
   for index, block in enumerate(cfg.blocks):
-    found.append(lost(every, without(cfg, [index])) if "N" in block.axes else None)
+    has = isinstance(ssm_of(block), Mamba)
+    found.append(lost(every, without(cfg, [index])) if has else None)
+  return found
+
+
+def _halves(cfg: ModelConfig, lost: Lost) -> dict[str, list[Any]]:
+  """Returns what is lost without one branch of each block that has two; nothing without any."""
+  every = without(cfg, [])
+  pairs = [index for index, block in enumerate(cfg.blocks)
+           if isinstance(block, Parallel) and None not in (block.attention, block.ssm)]
+  found: dict[str, list[Any]] = {name: [None] * len(cfg.blocks) for name in BRANCHES if pairs}
+  for index in pairs:
+    off = without(cfg, [index])
+    for name, branches in zip(BRANCHES, ((off, every), (every, off)), strict=True):
+      found[name][index] = lost(every, every, *branches)
   return found
 
 
@@ -187,8 +254,9 @@ def rows(
   the MSE of the last hidden state (MiniPuzzle, arXiv 2504.03624) or block influence (arXiv
   2407.14679, section 2.2).
   `score_window_X` is what is lost without blocks i to i + window - 1, infinite where they do not
-  fit (arXiv 2408.11796). `score_ssm_X` is what is lost when a block's SSM becomes a no-op, 0 for
-  blocks that have none (Mamba-Shedder, arXiv 2501.17088).
+  fit, or go without blocks that read their keys (arXiv 2408.11796). `score_ssm_X` is what is lost
+  when a block's SSM becomes a no-op, 0 for blocks that have none (Mamba-Shedder, arXiv 2501.17088).
+  `score_attention_X` and `score_ssm_branch_X`: with that branch of a parallel block off.
   """
   name = depth if depth in LOSSES else "kl"
   of = losses(cfg, hidden, name)
@@ -203,7 +271,8 @@ def rows(
     if depth == "window":
       found["score_window_X"] = _windows(cfg, lost, window)
     if noop:
-      found["score_ssm_X"] = _silent(cfg, lost if lost and states is of else states(params, batch))
+      each = lost if lost and states is of else states(params, batch)
+      found |= {"score_ssm_X": _silent(cfg, each)} | _halves(cfg, each)
     made = {}
     for path, values in jax.device_get(found).items():
       fill = np.full(len(batch["weight_BL"]), np.inf if path == "score_window_X" else 0.0)
@@ -228,7 +297,8 @@ def greedy(
   """Returns the order in which blocks go, one a turn, each time the one whose loss hurts least.
 
   The score of a block is the number of blocks gone before it: the larger, the longer it stays. As
-  in Nemotron Nano 2 (arXiv 2508.14444), with the KL of the logits for their MSE.
+  in Nemotron Nano 2 (arXiv 2508.14444), with the KL of the logits for their MSE. A block whose keys
+  others read goes after all of those.
 
   Args:
     cfg: the model.
@@ -241,7 +311,8 @@ def greedy(
   gone, count, of = list(gone), len(cfg.blocks), losses(cfg, hidden, "greedy")
   every = without(cfg, [])
   while len(gone) < count:
-    left = [index for index in range(count) if index not in gone]
+    left = [index for index in range(count) if index not in gone and not any(
+      index == group[0] and set(group[1:]) - set(gone) for group in cfg.kv_groups)]
     total = np.zeros(len(left), np.float64)
     for number, batch in enumerate(batches if len(left) > 1 else ()):
       lost = of(params, batch)

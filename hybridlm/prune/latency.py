@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.optimize
 
-from hybridlm.config import Attention, Block, Mamba, ModelConfig
+from hybridlm.config import (
+  Attention,
+  Block,
+  Mamba,
+  Mamba1,
+  ModelConfig,
+  Parallel,
+  attention_of,
+  ssm_of,
+)
 from hybridlm.prune import cost as costs
 from hybridlm.prune.devices import Device
 
@@ -75,8 +84,9 @@ def work(cfg: ModelConfig, block: Block | None, phase: str, context: int, batch:
   """Returns what one block does in a phase; None: embedding, final norm and head.
 
   Bytes are the least that move: weights once, the residual stream in and out, and of the state
-  what is read and written: all keys and values and both ways of an SSM state in a step, once each
-  in a prefill. In a prefill the head computes one position a sequence.
+  what is read and written: all keys and values, those of meta tokens and of another block too, and
+  both ways of an SSM state in a step, once each in a prefill. In a prefill the head computes one
+  position a sequence.
   """
   width = costs.nbytes(1, cfg.dtype)
   tokens = context * batch if phase == "prefill" else batch
@@ -86,28 +96,54 @@ def work(cfg: ModelConfig, block: Block | None, phase: str, context: int, batch:
     return Work(flops, cfg.V * cfg.D * width + stream + 4 * batch * cfg.V)
   each = costs.part(cfg, block, context=context)
   flops = each.prefill_flops if phase == "prefill" else each.decode_flops
-  kept = (each.kv + each.conv) * width + 4 * each.ssm
-  turns = 1 if phase == "prefill" or isinstance(block, Attention) else 2
-  return Work(flops * tokens, each.parameters * width + stream + turns * batch * kept)
+  read = costs.part(cfg, owning(block), context=context)
+  turns = 1 if phase == "prefill" else 2
+  kept = read.kv * width + turns * (each.conv * width + 4 * each.ssm)
+  return Work(flops * tokens, (each.parameters + read.meta) * width + stream + batch * kept)
+
+
+def owning(block: Block) -> Block:
+  """Returns the block with keys and values of its own, if it reads another one's."""
+  attention = attention_of(block)
+  if attention is None or not attention.shared:
+    return block
+  own = dataclasses.replace(attention, shared=False)
+  return dataclasses.replace(block, attention=own) if isinstance(block, Parallel) else own
 
 
 def sizes(cfg: ModelConfig, block: Block | None) -> str:
   """Returns what decides a block's time, or the head's, beside phase, context and batch."""
   if block is None:
     return json.dumps({"D": cfg.D, "V": cfg.V, "norm": cfg.norm, "tied": cfg.tied})
-  run = {Mamba: (("ssd", cfg.ssd), ("chunk", cfg.chunk)),
-         Attention: (("attention", cfg.attention),)}.get(type(block), ())
+  run: tuple[tuple[str, Any], ...] = ()
+  if attention_of(block) is not None:
+    run += (("attention", cfg.attention),)
+  if isinstance(ssm_of(block), (Mamba, Mamba1)):
+    run += (("ssd", cfg.ssd), ("chunk", cfg.chunk))
+  if cfg.meta and attention_of(block) is not None:
+    run += (("meta", cfg.meta),)
   return _sizes(block, cfg.D, cfg.norm, run)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _sizes(block: Block, D: int, norm: str, run: tuple) -> str:
+  return json.dumps({"D": D, "norm": norm, **_fields(block), **dict(run)}, sort_keys=True)
+
+
+def _fields(block: Block) -> dict[str, Any]:
+  """Returns what decides the time of a block alone; of a parallel one, of each branch."""
+  if isinstance(block, Parallel):
+    parts = (block.attention, block.ssm)
+    own = {part.symbol: _fields(part) for part in parts if part is not None}
+    return {"fusion": block.fusion.kind, **own}
   own = {letter: getattr(block, letter) for letter in block.axes}
   for key in ("activation", "bias", "conv_bias", "window"):
     own |= {key: getattr(block, key)} if hasattr(block, key) else {}
   if isinstance(block, Attention):
     own["rope"] = block.rope is not None
-  return json.dumps({"D": D, "norm": norm, **own, **dict(run)}, sort_keys=True)
+    own |= {"shared": True} if block.shared else {}
+  own |= {"norms": block.norms} if isinstance(block, Mamba1) else {}
+  return own | ({"gate": block.gate} if getattr(block, "gate", "gated") != "gated" else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,9 @@
 A cut leaves every projection back to the residual stream as it was, but feeds it fewer channels,
 computed from fewer. On calibration rows the projection that does best with what it is now fed has a
 closed form. With a the inputs of block b's projection in the cut model as it then is (`w_out` reads
-`y_BLGHP`, `w_o` reads `head_BLKJE`, `w_down` reads `act_BLF`), and r what the cut block's tap lacks
-of the parent's on the channels D that stay, the change is
+`y_BLGHP`, `w_o` reads `head_BLKJE`, `w_down` reads `act_BLF`; of a parallel block's branches, both
+together), and r what the cut block's tap lacks of the parent's on the channels D that stay, the
+change is
 
   argmin over d, e of  sum over real tokens |r - a d - e|^2 + ridge * mean(diagonal) * |d|^2
 
@@ -26,13 +27,14 @@ import numpy as np
 from jaxtyping import Float
 
 from hybridlm import axes
-from hybridlm.config import block_name
+from hybridlm.config import Block, block_name
 from hybridlm.prune.plan import Plan
 
 # Output projection -> the tap it reads, and the bias on its output where the format has one.
 PROJECTIONS: Mapping[str, tuple[str, str | None]] = {
   "w_out_GHPD": ("y_BLGHP", None),
   "w_o_KJED": ("head_BLKJE", "b_o_D"),
+  "w_o_KJUD": ("head_BLKJU", "b_o_D"),
   "w_down_FD": ("act_BLF", "b_down_D"),
 }
 # Blocks in order, each on the outputs of repaired ones; or all at once, on those of the cut model.
@@ -157,6 +159,7 @@ def repair(
   if not any(float(np.sum(batch["weight_BL"])) for batch in batches):
     raise ValueError("repair: no batch holds a real token")
   blocks = {block_name(new): block_name(old) for new, old in enumerate(plan.blocks)}
+  kinds = {block_name(new): block for new, block in enumerate(plan.small_config().blocks)}
   keep_D = plan.array("keep_D")
   keep_D = np.arange(plan.config.D) if keep_D is None else keep_D
   groups = [[name] for name in blocks] if order == "one_by_one" else [list(blocks)]
@@ -166,7 +169,8 @@ def repair(
     if gain == "rescale":
       params = _rescale(parent, small._replace(params=params), batches, matched, keep_D)
     params, found = _project(
-      parent, small._replace(params=params), batches, matched, keep_D, f"{target}_BLD", ridge
+      parent, small._replace(params=params), batches, matched, keep_D, f"{target}_BLD", ridge,
+      kinds,
     )
     fits |= found
   if gain == "rescale":
@@ -204,16 +208,46 @@ def _sums(a_TI, r_TD, t_TD, weight_T) -> Sums:
   )
 
 
-def _projection(folder: Mapping[str, Any]) -> str:
-  """Returns the name of a block's output projection."""
-  return next(name for name in PROJECTIONS if name in folder)
+class Reads(NamedTuple):
+  """What a block writes to the residual stream: projections, the taps they read, biases."""
+
+  leaves: tuple[str, ...]
+  taps: tuple[str, ...]
+  biases: tuple[str, ...]
 
 
-def _project(parent, small, batches, blocks, keep_D, target, ridge):
+FUSED = "w_out_YD"
+
+
+def _reads(block: Block, folder: Mapping[str, Any]) -> Reads:
+  """Returns the projections of a block that are fitted, together where there are two."""
+  if FUSED in folder:
+    parts = {"attention": block.attention, "ssm": block.ssm}
+    heads = f"head_BLKJ{block.attention.value}" if block.attention else None
+    taps = {"attention": heads, "ssm": "y_BLGHP"}
+    return Reads((FUSED,), tuple(taps[name] for name, part in parts.items() if part), ())
+  leaves = tuple(name for name in PROJECTIONS if name in folder)
+  taps = tuple(PROJECTIONS[leaf][0] for leaf in leaves)
+  return Reads(leaves, taps, tuple(bias for bias in ("b_o_D", "b_down_D") if bias in folder))
+
+
+def _inputs(block: Block, reads: Reads, taps: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns what a block's projections read, inputs flat: [B, L, inputs]."""
+  flat = [taps[tap].reshape(*taps[tap].shape[:2], -1) for tap in reads.taps]
+  if reads.leaves != (FUSED,):
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=2)
+  names = [name for name in ("attention", "ssm") if getattr(block, name)]
+  met_BLY = jnp.zeros((*flat[0].shape[:2], block.fusion.Y), flat[0].dtype)
+  for name, each in zip(names, flat, strict=True):
+    met_BLY = met_BLY.at[..., np.asarray(block.fusion.places(name))].add(each / 2)
+  return met_BLY
+
+
+def _project(parent, small, batches, blocks, keep_D, target, ridge, kinds):
   """Returns the cut model's parameters with these blocks' projections fitted, and the fits."""
-  leaves = {name: _projection(small.params["blocks"][name]) for name in blocks}
-  inputs = {_projection(folder) for folder in small.params["blocks"].values()}
-  taps = tuple(sorted({PROJECTIONS[leaf][0] for leaf in inputs} | {target}))
+  folders = small.params["blocks"]
+  every = {name: _reads(kinds[name], folder) for name, folder in folders.items()}
+  taps = tuple(sorted({tap for reads in every.values() for tap in reads.taps} | {target}))
 
   def fold(params, parent_params, batch):
     mine = small.apply(params, batch, taps)
@@ -221,25 +255,25 @@ def _project(parent, small, batches, blocks, keep_D, target, ridge):
     weight_T = jnp.asarray(batch["weight_BL"], jnp.float32).ravel()
     made = {}
     for name, old in blocks.items():
-      a = mine[name][PROJECTIONS[leaves[name]][0]]
+      a = _inputs(kinds[name], every[name], mine[name])
       want = theirs[old][target][..., keep_D]
       rows = (x.reshape(weight_T.size, -1) for x in (a, want - mine[name][target], want))
       made[name] = _sums(*rows, weight_T)
     return made
 
   total = _total(fold, batches, len(blocks), small.params, parent.params)
-  changed, fits = dict(small.params["blocks"]), {}
+  changed, fits = dict(folders), {}
   for name, sums in total.items():
-    leaf, folder = leaves[name], small.params["blocks"][name]
-    bias = PROJECTIONS[leaf][1]
-    bias = bias if bias in folder else None
+    reads, folder = every[name], folders[name]
     try:
-      change, shift, lacking = solve(sums, ridge=ridge, bias=bias is not None)
+      change, shift, lacking = solve(sums, ridge=ridge, bias=bool(reads.biases))
     except ValueError as error:
-      raise ValueError(f"repair of block {name}, {leaf}: {error}") from error
-    new = {leaf: _added(folder[leaf], change)}
-    if bias is not None:
-      new[bias] = _added(folder[bias], shift)
+      leaves = " and ".join(reads.leaves)
+      raise ValueError(f"repair of block {name}, {leaves}: {error}") from error
+    ends = np.cumsum([folder[leaf].size // len(keep_D) for leaf in reads.leaves])[:-1]
+    new = {leaf: _added(folder[leaf], part)
+           for leaf, part in zip(reads.leaves, np.split(change, ends), strict=True)}
+    new |= {bias: _added(folder[bias], shift) for bias in reads.biases}
     changed[name] = {**folder, **new}
     scale = max(float(sums.tt), np.finfo(np.float32).tiny)
     fits[name] = Fit(float(sums.rr) / scale, lacking / scale)

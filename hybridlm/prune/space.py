@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.config import Mamba, ModelConfig
-from hybridlm.prune import select
+from hybridlm.config import Mamba, ModelConfig, attention_of, ssm_of
+from hybridlm.prune import select, sizes
 
 Genes = tuple[int, ...]
 # Decisions about the whole model; the others name a size inside blocks.
-WHOLE = ("D", "blocks", "layers", "noop")
+WHOLE = ("D", "M", "blocks", "layers", "noop", "attention_off", "ssm_off")
+# What may become of a block that stays, other than other sizes: its name, and the target's.
+LOSSES = ("noop", "attention_off", "ssm_off")
+# Sizes on which blocks that share keys and values must agree.
+SHARED = ("K", "E", "U")
 # Spaces up to this size are drawn from by permutation, larger ones by throwing out repeats.
 PERMUTED = 1 << 20
 
@@ -29,16 +33,16 @@ def check(cfg: ModelConfig, choices: Mapping[str, Sequence[int]]) -> dict[str, t
     ValueError: none has; a repeated choice; a name, an axis or a size that the model has not.
   """
   found = {}
-  for name, sizes in choices.items():
-    if len(set(sizes)) != len(sizes):
-      raise ValueError(f"search space {name}={tuple(sizes)}: a choice is listed twice")
-    for size in sizes:
+  for name, given in choices.items():
+    if len(set(given)) != len(given):
+      raise ValueError(f"search space {name}={tuple(given)}: a choice is listed twice")
+    for size in given:
       try:
         select.sized(cfg, {name: size})
       except ValueError as error:
-        raise ValueError(f"search space {name}={tuple(sizes)}: {error}") from error
-    if sizes:
-      found[name] = tuple(sorted(sizes))
+        raise ValueError(f"search space {name}={tuple(given)}: {error}") from error
+    if given:
+      found[name] = tuple(sorted(given))
   if not found:
     raise ValueError("search space: empty, no target has a choice")
   for pair in (("H", "heads"), ("blocks", "layers")):
@@ -83,11 +87,12 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """What can become of one block: other sizes, no SSM any more, or nothing at all.
+  """What can become of one block: other sizes, no SSM any more, one branch, or nothing at all.
 
   Attributes:
     sizes: (target name, size) where it differs from the parent's.
-    fate: "stays", "noop" (a Mamba block without its SSM) or "gone".
+    fate: "stays", "noop" (a Mamba mixer without its SSM), "attention_off" or "ssm_off" (a parallel
+      block without this branch), or "gone".
   """
 
   sizes: tuple[tuple[str, int], ...] = ()
@@ -104,6 +109,7 @@ class Blockwise:
     blocks: (fewest, most) blocks that may stay.
     noops: (fewest, most) blocks without SSM.
     parent: the parent's D.
+    offs: (fewest, most) parallel blocks without attention, and without their SSM branch.
   """
 
   widths: tuple[int, ...]
@@ -111,6 +117,12 @@ class Blockwise:
   blocks: tuple[int, int]
   noops: tuple[int, int]
   parent: int
+  offs: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+
+  @property
+  def bounds(self) -> dict[str, tuple[int, int]]:
+    """(fewest, most) blocks of each fate of `LOSSES`."""
+    return dict(zip(LOSSES, (self.noops, *self.offs), strict=True))
 
   @property
   def counts(self) -> Genes:
@@ -123,10 +135,11 @@ class Blockwise:
     return math.prod(self.counts)
 
   def allowed(self, genes: Genes) -> bool:
-    """Whether as many blocks stay, and go without SSM, as may."""
+    """Whether as many blocks stay, and go without SSM or a branch, as may."""
     fates = [self.options[index][gene].fate for index, gene in enumerate(genes[1:])]
-    stay, noop = len(fates) - fates.count("gone"), fates.count("noop")
-    return self.blocks[0] <= stay <= self.blocks[1] and self.noops[0] <= noop <= self.noops[1]
+    stay = len(fates) - fates.count("gone")
+    return self.blocks[0] <= stay <= self.blocks[1] and all(
+      low <= fates.count(name) <= high for name, (low, high) in self.bounds.items())
 
   def targets(self, genes: Genes) -> dict[str, Any]:
     """Returns the targets of a candidate; sizes by block, under names that JSON keeps."""
@@ -146,41 +159,64 @@ class Blockwise:
         found.setdefault(name, {})[str(index)] = size
     if any(option.fate == "gone" for option in chosen):
       found["blocks"] = [index for index, option in enumerate(chosen) if option.fate != "gone"]
-    if any(option.fate == "noop" for option in chosen):
-      found["noop"] = [index for index, option in enumerate(chosen) if option.fate == "noop"]
+    for name in LOSSES:
+      lost = [index for index, option in enumerate(chosen) if option.fate == name]
+      found |= {name: lost} if lost else {}
     return found
 
 
 def blockwise(cfg: ModelConfig, choices: Mapping[str, tuple[int, ...]]) -> Blockwise:
   """Returns the space of one option a block that checked choices span.
 
-  `blocks` and `noop` bound how many blocks stay and go without SSM: from the smallest to the
-  largest of their choices.
+  `blocks`, `noop`, `attention_off` and `ssm_off` bound how many blocks stay and go without SSM or
+  a branch: from the smallest to the largest of their choices. A block whose keys others read keeps
+  them, and K, E and U of all that read them stay as they are: one alone would not fit the others.
 
   Raises:
-    ValueError: `layers`, which ties blocks together.
+    ValueError: `layers`, which ties blocks together, meta tokens, which all blocks see, or a size
+      that only blocks with keys in common have.
   """
-  if "layers" in choices:
-    raise ValueError(f"search space layers={choices['layers']}: block by block, name blocks")
-  count, none = len(cfg.blocks), (0,)
-  kept, noops = choices.get("blocks", (count,)), choices.get("noop", none)
+  _check_blockwise(cfg, choices)
+  count = len(cfg.blocks)
+  kept = choices.get("blocks", (count,))
+  lost = [choices.get(name, (0,)) for name in LOSSES]
+  lends = {group[0] for group in cfg.kv_groups}
   options = []
   for index, block in enumerate(cfg.blocks):
-    made = [Option(sizes) for sizes in _sizes(cfg, index, choices)]
-    if max(noops) and isinstance(block, Mamba):
-      made.append(Option(fate="noop"))
-    if min(kept) < count:
+    made = [Option(each) for each in _sizes(cfg, index, choices)]
+    able = (
+      isinstance(ssm_of(block), Mamba), sizes.forked(block) and index not in lends,
+      sizes.forked(block),
+    )
+    made += [Option(fate=name) for name, most, can in zip(LOSSES, map(max, lost), able, strict=True)
+             if most and can]
+    if min(kept) < count and index not in lends:
       made.append(Option(fate="gone"))
     options.append(tuple(made))
-  bounds = [(min(sizes), max(sizes)) for sizes in (kept, noops)]
-  return Blockwise(choices.get("D", (cfg.D,)), tuple(options), *bounds, cfg.D)
+  blocks, noops, *offs = [(min(numbers), max(numbers)) for numbers in (kept, *lost)]
+  return Blockwise(
+    choices.get("D", (cfg.D,)), tuple(options), blocks, noops, cfg.D, tuple(offs))
+
+
+def _check_blockwise(cfg: ModelConfig, choices: Mapping[str, tuple[int, ...]]) -> None:
+  for name, instead in (("layers", "name blocks"), ("M", "meta tokens are the whole model's; take "
+                                                    "method 'grid' or 'random'")):
+    if name in choices:
+      raise ValueError(f"search space {name}={choices[name]}: block by block, {instead}")
+  tied = {index for group in cfg.kv_groups for index in group}
+  have = [i for i, block in enumerate(cfg.blocks) if attention_of(block) is not None]
+  for name in SHARED:
+    if name in choices and tied.issuperset(have):
+      raise ValueError(f"search space {name}={choices[name]}: block by block, blocks that share "
+                       "keys and values would differ; take method 'grid' or 'random'")
 
 
 def _sizes(cfg: ModelConfig, index: int, choices) -> list[tuple[tuple[str, int], ...]]:
   """Returns the combinations of sizes one block can have, the largest first."""
-  now = cfg.sizes(index) | ({"heads": cfg.blocks[index].G * cfg.blocks[index].H}
-                            if isinstance(cfg.blocks[index], Mamba) else {})
-  own = [name for name in choices if name in now and name not in ("D", "V")]
+  ssm, tied = ssm_of(cfg.blocks[index]), any(index in group for group in cfg.kv_groups)
+  now = cfg.sizes(index) | ({"heads": ssm.G * ssm.H} if hasattr(ssm, "N") else {})
+  fixed = ("D", "V", *(SHARED if tied else ()))
+  own = [name for name in choices if name in now and name not in fixed]
   fitting = {name: [size for size in choices[name] if size <= now[name]] for name in own}
   sets = [[(name, size) for size in reversed(fitting[name] or [now[name]])] for name in own]
   return [

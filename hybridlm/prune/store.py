@@ -35,6 +35,8 @@ FREE = (
   "context", "dtype", "remat", "init_std", "ssd", "chunk", "attention", "stack", "layout",
   "quantize", "wide_ends", "held",
 )
+# What blocks, or a model, without something have instead: as if that were not known.
+ABSENT = {"meta": 0, "U": None, "shared": False, "gate": "gated"}
 Batch = Mapping[str, Any]
 
 
@@ -42,7 +44,8 @@ class Model(NamedTuple):
   """A model as calibration takes it.
 
   cfg: its config.  params: its parameters, on any mesh.  apply: `(params, batch, taps) -> taps`.
-  hidden: `(params, batch) -> (hidden_BLD, head_DV)`.  loss: `(params, frozen, batch) -> sums`, for
+  hidden: `(params, batch) -> (hidden_BLD, head_DV)`, for scores of meta tokens with what stays
+  (`prune.cut.mask`) as a third argument.  loss: `(params, frozen, batch) -> sums`, for
   estimators that read gradients.  place: lays a batch out on the devices.
   """
 
@@ -63,7 +66,8 @@ class Spec:
     axes: letters to score.
     depth: one of `prune.depth.ESTIMATORS`; None: blocks are not scored.
     window: how many blocks go together, for the depth estimator "window".
-    noop: "kl" scores what each block loses without its SSM; None: not scored.
+    noop: "kl" scores what each block loses without its SSM, a parallel one without either branch;
+      None: not scored.
     data: fingerprint of the text that batches are drawn from, not of how many.
     seed: of the estimator "random".
   """
@@ -95,7 +99,12 @@ class Spec:
 
 def config_hash(cfg: ModelConfig) -> str:
   """Returns the SHA-256 of what a config says that parameters do not: positions, windows, eps."""
-  plain = {name: value for name, value in cfg.to_dict().items() if name not in FREE}
+  def known(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in said.items()
+            if name not in FREE and not (name in ABSENT and value == ABSENT[name])}
+
+  plain = known(cfg.to_dict())
+  plain["blocks"] = [known(block) for block in plain["blocks"]]
   return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -232,6 +241,8 @@ def _programs(model: Model, spec: Spec) -> list[Callable[..., Mapping[str, Any]]
   cfg, chosen = model.cfg, spec.chosen()
   made = [fold.taps(cfg, model.apply, chosen), fold.gradients(cfg, model.loss, chosen),
           fold.counts(cfg, chosen)]
+  if table.meta(cfg, dict(chosen), "taps"):
+    made.append(depths.tokens(cfg, model.hidden))
   if spec.depth not in (None, "greedy") or spec.noop:
     made.append(depths.rows(cfg, model.apply, model.hidden, depth=spec.depth, window=spec.window,
                             noop=spec.noop))

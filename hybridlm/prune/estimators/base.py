@@ -10,17 +10,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hybridlm import axes
-from hybridlm.config import Block
+from hybridlm.config import Block, Parallel, attention_of
 
 
 class Seen(NamedTuple):
   """What a statistic may read of one block and the rows of one batch.
 
-  block: the block.  leaves: its parameters; for gradients, weight times gradient of one row.
-  taps: its activations.  weight_BL: 1 for real tokens.  segment_BL: documents of packed rows.
+  block: the block; None: what stands before the blocks.  leaves: its parameters; for gradients,
+  weight times gradient of one row.  taps: its activations.  weight_BL: 1 for real tokens.
+  segment_BL: documents of packed rows.
   """
 
-  block: Block
+  block: Block | None
   leaves: Mapping[str, jax.Array]
   taps: Mapping[str, jax.Array] = {}
   weight_BL: jax.Array | None = None
@@ -42,11 +43,17 @@ class Statistic:
   Attributes:
     fold: `Seen` -> [B, *letters of the score] (taps), its moments, or [*letters] (weights,
       gradients of one row).
-    taps: activations it reads.
+    taps: activations it reads; a function of the block where that decides their names.
+    bars: of a block that has the axis, why it cannot be scored like this; None: it can.
   """
 
   fold: Callable[[Seen], Any]
-  taps: tuple[str, ...] = ()
+  taps: tuple[str, ...] | Callable[[Block], tuple[str, ...]] = ()
+  bars: Callable[[Block], str | None] = lambda block: None
+
+  def reads(self, block: Block) -> tuple[str, ...]:
+    """Returns the activations it reads of a block."""
+    return self.taps(block) if callable(self.taps) else self.taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +97,65 @@ def total(w: Any, letters: str, keep: str) -> jax.Array:
   return jnp.einsum(f"{letters}->{keep}", jnp.asarray(w, jnp.float32))
 
 
-def owned(leaves: Mapping[str, Any], score: str) -> list[str]:
-  """Returns the projections that an entry of a score owns a part of: those with its letters."""
+# Leaves that an entry of an axis may own a part of; the others are gains, biases and rates.
+OWNED = ("w_", "in_", "meta_")
+FUSED = "w_out_YD"
+
+
+def heads(block: Block) -> str:
+  """Returns the tap of the outputs of a block's attention heads, whose values may be U wide."""
+  return f"head_BLKJ{attention_of(block).value}"
+
+
+def branch(block: Block | None, score: str) -> str | None:
+  """Returns the branch whose channels a score of a block with one projection for both is of."""
+  if not isinstance(block, Parallel) or block.fusion.kind != "mean":
+    return None
+  if score == "score_GHP":
+    return "ssm"
+  wide = block.attention is not None and block.attention.value
+  return "attention" if score in ("score_KJ", f"score_{wide}") else None
+
+
+def channels(block: Block, name: str, w_YD: Any) -> tuple[str, jax.Array]:
+  """Returns the rows of the fusion's projection that a branch writes through, and their letters.
+
+  Args:
+    block: a parallel block whose branches meet in a mean.
+    name: "attention" or "ssm".
+    w_YD: the projection, or what is laid out as it is.
+  """
+  letters = "GHP" if name == "ssm" else f"KJ{block.attention.value}"
+  rows = jnp.take(jnp.asarray(w_YD), np.asarray(block.fusion.places(name)), axis=0)
+  return f"{letters}D", rows.reshape(*(getattr(block, letter) for letter in letters), -1)
+
+
+def owned(block: Block | None, leaves: Mapping[str, Any], score: str) -> list[str]:
+  """Returns the projections that an entry of a score owns a part of: those with its letters.
+
+  Where two branches meet, a channel of one owns the row of the common projection behind it too.
+  """
   letters = set(axes.of(score))
-  return [name for name in sorted(leaves)
-          if name.startswith("w_") and letters <= set(axes.of(name))]
+  mine = [name for name in sorted(leaves)
+          if name.startswith(OWNED) and letters <= set(axes.of(name))]
+  return mine + ([FUSED] if branch(block, score) else [])
 
 
-def rotary(block: Block) -> int:
+def shares(seen: Seen, score: str) -> list[tuple[str, jax.Array]]:
+  """Returns `(letters, array)` of what `owned` names, in letters among which are the score's."""
+  found = []
+  for name in owned(seen.block, seen.leaves, score):
+    mine = branch(seen.block, score) if name == FUSED else None
+    found.append(channels(seen.block, mine, seen.leaves[name]) if mine else (
+      axes.of(name), seen.leaves[name]))
+  return found
+
+
+def rotary(block: Block | None) -> int:
   """Returns how many channels of a block's heads are turned in pairs by their position."""
-  rope = getattr(block, "rope", None)
-  return 0 if rope is None else rope.rotary or block.E
+  attention = attention_of(block)
+  rope = None if attention is None else attention.rope
+  return 0 if rope is None else rope.rotary or attention.E
 
 
 def tie(score_E: Any, turned: int) -> Any:

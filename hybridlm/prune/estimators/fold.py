@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes
-from hybridlm.config import ModelConfig
+from hybridlm.config import ModelConfig, attention_of, block_name
 from hybridlm.prune.estimators import table
 from hybridlm.prune.estimators.base import Moments, Seen, owned, rotary, tie
 
 Apply = Callable[[Any, Mapping[str, Any], tuple[str, ...]], Mapping[str, Mapping[str, jax.Array]]]
 Loss = Callable[[Any, Any, Mapping[str, Any]], Mapping[str, jax.Array]]
 Chosen = tuple[tuple[str, str], ...]  # score and name, from `table.parse`
+META = "meta_MD"
 Rows = dict[str, Any]  # path of a score -> [rows, ...], and of the mean of a variance beside it
 
 
@@ -31,16 +32,28 @@ def _blocks(cfg: ModelConfig, wanted) -> dict[str, Any]:
   return {name: cfg.blocks[int(name)] for name in wanted}
 
 
-def _products(loss: Loss, params, row: Mapping[str, Any], wanted) -> dict[str, Any]:
+def _lent(cfg: ModelConfig, found, name: str) -> Mapping[str, jax.Array]:
+  """Returns a block's taps, with the keys and values that it reads where they are another's."""
+  attention = attention_of(cfg.blocks[int(name)])
+  if attention is None or not attention.shared:
+    return found[name]
+  theirs = found[block_name(cfg.owners[int(name)])]
+  return {tap: a for tap, a in theirs.items() if tap.startswith(("k_", "v_"))} | found[name]
+
+
+def _products(cfg: ModelConfig, loss: Loss, params, row: Mapping[str, Any], wanted, outside):
   """Returns weight times gradient of one row's mean loss, for the projections that are scored."""
+  blocks = _blocks(cfg, wanted)
   leaves = {name: {leaf: params["blocks"][name][leaf].astype(jnp.float32)
-                   for score in mine for leaf in owned(params["blocks"][name], score)}
+                   for score in mine for leaf in owned(blocks[name], params["blocks"][name], score)}
             for name, mine in wanted.items()}
+  leaves |= {"embed": {META: params["embed"][META].astype(jnp.float32)}} if outside else {}
 
   def mean(leaves):
     inner = {name: {**folder, **leaves.get(name, {})}
              for name, folder in params["blocks"].items()}
-    sums = loss({**params, "blocks": inner}, None, row)
+    embed = {**params["embed"], **leaves.get("embed", {})}
+    sums = loss({**params, "embed": embed, "blocks": inner}, None, row)
     return sums["loss"] / jnp.maximum(sums["weight"], 1.0)
 
   return jax.tree.map(jnp.multiply, leaves, jax.grad(mean)(leaves))
@@ -56,14 +69,14 @@ def taps(cfg: ModelConfig, apply: Apply, chosen: Chosen) -> Callable[..., Rows] 
   wanted = table.asked(cfg, dict(chosen), "taps")
   blocks = _blocks(cfg, wanted)
   names = {tap for name, mine in wanted.items() for score, each in mine.items()
-           for tap in each.statistics[score].taps}
+           for tap in each.statistics[score].reads(blocks[name])}
 
   def run(params, batch):
     found = apply(params, batch, tuple(sorted(names)))
     rows: Rows = {}
     for name, mine in wanted.items():
-      seen = Seen(blocks[name], params["blocks"][name], found[name], batch["weight_BL"],
-                  batch.get("segment_BL"))
+      seen = Seen(blocks[name], params["blocks"][name], _lent(cfg, found, name),
+                  batch["weight_BL"], batch.get("segment_BL"))
       for score, each in mine.items():
         rows |= _named(f"{name}/{score}", each.statistics[score].fold(seen), blocks[name])
     return rows
@@ -84,7 +97,8 @@ def gradients(
     ValueError: such an estimator was chosen, and there is no loss.
   """
   wanted = table.asked(cfg, dict(chosen), "gradients")
-  if not wanted:
+  outside = table.meta(cfg, dict(chosen), "gradients")
+  if not wanted and outside is None:
     return None
   if loss is None:
     names = sorted({name for _, name in chosen if table.named(name).reads == "gradients"})
@@ -92,8 +106,10 @@ def gradients(
   blocks = _blocks(cfg, wanted)
 
   def one(params, row):
-    products = _products(loss, params, row, wanted)
+    products = _products(cfg, loss, params, row, wanted, outside)
     share, rows = row["weight_BL"].mean(), {}
+    if outside:
+      rows["score_M"] = share * outside.fold(Seen(None, products["embed"]))
     for name, mine in wanted.items():
       seen = Seen(blocks[name], products[name])
       for score, each in mine.items():
@@ -133,10 +149,14 @@ def still(
     for score, each in mine.items():
       value = each.statistics[score].fold(Seen(block, params["blocks"][name]))
       sums |= _named(f"{name}/{score}", np.asarray(value, np.float64), block)
+  outside = table.meta(cfg, dict(chosen), "weights")
+  if outside:
+    sums["score_M"] = np.asarray(outside.fold(Seen(None, params["embed"])), np.float64)
   rng = np.random.default_rng(seed)
   for name, mine in table.asked(cfg, dict(chosen), "draw").items():
     for score, each in sorted(mine.items()):
       shape = axes.shape(score, cfg.sizes(int(name)))
       value = each.statistics[score].fold(rng, shape)
       sums |= _named(f"{name}/{score}", value, cfg.blocks[int(name)])
-  return sums
+  drawn = table.meta(cfg, dict(chosen), "draw")
+  return sums | ({"score_M": drawn.fold(rng, (cfg.meta,))} if drawn else {})

@@ -10,6 +10,7 @@ over heads of |h_t|^2 o_t, |.| over channels, estimated at every Q-th position.
 import jax
 import jax.numpy as jnp
 
+from hybridlm.config import Mamba1, ssm_of
 from hybridlm.prune.estimators.base import Estimator, Seen, Statistic
 
 POSITIONS = 16  # of a row where the state is looked at; all of a shorter one
@@ -22,8 +23,12 @@ def _chunks(v, size: int):
 
 
 def _inputs(seen: Seen, size: int):
-  """Returns log decay, u, dt, b, c, weight and document of each chunk; padding has weight 0."""
-  a_GH = -jnp.exp(seen.leaves["a_log_GH"].astype(jnp.float32))
+  """Returns log decay (Mamba-1: dt), u, dt, b, c, weight and document of each chunk.
+
+  Padding has weight 0.
+  """
+  alike = not isinstance(ssm_of(seen.block), Mamba1)
+  a_GH = -jnp.exp(seen.leaves["a_log_GH"].astype(jnp.float32)) if alike else 1.0
   u, b, c, dt = (
     seen.taps[tap].astype(jnp.float32) for tap in ("u_BLGHP", "b_BLGN", "c_BLGN", "dt_BLGH")
   )
@@ -84,11 +89,61 @@ def _read(chunks) -> jax.Array:
   return jax.lax.scan(step, start, rest, reverse=True)[1]
 
 
+def _by_token(chunks):
+  """Returns chunks with their tokens in front: [C, B, Q, ...] as [C, Q, B, ...]."""
+  return tuple(jnp.moveaxis(v, 2, 1) for v in chunks)
+
+
+def _each_held(chunks, a_GHN: jax.Array) -> jax.Array:
+  """Returns h^2 of a Mamba-1 mixer at the last position of every chunk, [C, B, G, H, N]."""
+  dt, u, _, b, _, _, segment = _by_token(chunks)
+  start = (jnp.zeros((u.shape[2], *a_GHN.shape), jnp.float32), segment[0, 0])
+
+  def token(carry, now):
+    state_BGHN, before_B = carry
+    dt_BGH, u_BGHP, b_BGN, segment_B = now
+    kept_BGHN = jnp.exp(dt_BGH[..., None] * a_GHN) * state_BGHN
+    kept_BGHN = jnp.where((segment_B == before_B)[:, None, None, None], kept_BGHN, 0.0)
+    new_BGHN = (dt_BGH * u_BGHP[..., 0])[..., None] * b_BGN[:, :, None]
+    return (kept_BGHN + new_BGHN, segment_B), None
+
+  def step(carry, chunk):
+    carry, _ = jax.lax.scan(token, carry, chunk)
+    return carry, jnp.square(carry[0])
+
+  return jax.lax.scan(step, start, (dt, u, b, segment))[1]
+
+
+def _each_read(chunks, a_GHN: jax.Array) -> jax.Array:
+  """Returns o of a Mamba-1 mixer at the last position of every chunk, [C, B, G, H, N]."""
+  dt, _, _, _, c, weight, segment = _by_token(chunks)
+  start = (jnp.zeros((c.shape[2], *a_GHN.shape), jnp.float32), dt[-1, -1], segment[-1, -1])
+
+  def token(carry, now):
+    later_BGHN, dt_BGH, segment_B = carry  # of the token after this one
+    own_dt_BGH, c_BGN, weight_B, own_B = now
+    through_BGHN = jnp.exp(2 * dt_BGH[..., None] * a_GHN) * later_BGHN
+    through_BGHN = jnp.where((segment_B == own_B)[:, None, None, None], through_BGHN, 0.0)
+    own_BGN = jnp.square(c_BGN) * weight_B[:, None, None]
+    return (own_BGN[:, :, None] + through_BGHN, own_dt_BGH, own_B), None
+
+  def step(carry, chunk):
+    last, _ = token(carry, jax.tree.map(lambda v: v[-1], chunk))
+    rest = jax.tree.map(lambda v: v[:-1], chunk)
+    return jax.lax.scan(token, last, rest, reverse=True)[0], last[0]
+
+  return jax.lax.scan(step, start, (dt, c, weight, segment), reverse=True)[1]
+
+
 def _states(seen: Seen) -> jax.Array:
   length = seen.weight_BL.shape[1]
   size = -(-length // POSITIONS)
   chunks = _inputs(seen, size)
-  worth_CBGN = (_held(chunks) * _read(chunks)).sum(3)
+  if isinstance(ssm_of(seen.block), Mamba1):
+    a_GHN = -jnp.exp(seen.leaves["a_log_GHN"].astype(jnp.float32))
+    worth_CBGN = (_each_held(chunks, a_GHN) * _each_read(chunks, a_GHN)).sum(3)
+  else:
+    worth_CBGN = (_held(chunks) * _read(chunks)).sum(3)
   weight_CB = chunks[5][:, :, -1]
   total_BGN = jnp.einsum("CBGN,CB->BGN", worth_CBGN, weight_CB, precision="highest")
   return total_BGN * (size / length)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from hybridlm import axes
 from hybridlm.config import Block, ModelConfig, block_name
 from hybridlm.prune.estimators import activation, contribution, ghost, weights
-from hybridlm.prune.estimators.base import Estimator
+from hybridlm.prune.estimators.base import Estimator, Statistic
 
 # Raise it when the same input gives other scores.
 VERSION = 2
@@ -13,6 +13,7 @@ VERSION = 2
 SCORE_OF = {
   "H": "score_GHP", "P": "score_GHP", "G": "score_GHP", "F": "score_F", "D": "score_D",
   "J": "score_KJ", "K": "score_KJ", "E": "score_E", "N": "score_GN", "V": "score_V",
+  "U": "score_U", "R": "score_R", "M": "score_M",
 }
 REGISTRY: Mapping[str, Estimator] = {
   "activation": activation.ACTIVATION,
@@ -94,11 +95,26 @@ def asked(
     cfg: the model.
     chosen: from `parse`.
     reads: a kind of `Estimator.reads`.
+
+  Raises:
+    ValueError: a block whose axis that estimator cannot score; says why.
   """
   found: dict[str, dict[str, Estimator]] = {}
   for index, block in enumerate(cfg.blocks):
     mine = {score: named(name) for score, name in chosen.items()
             if score != "score_V" and named(name).reads == reads and has(block, score)}
+    for score, each in mine.items():
+      why = each.statistics[score].bars(block)
+      if why:
+        raise ValueError(f"estimator {chosen[score]!r} cannot score axis {axes.of(score)} of block "
+                         f"{block_name(index)}: {why}; take activation, as in "
+                         f"{axes.of(score)}=activation")
     if mine:
       found[block_name(index)] = mine
   return found
+
+
+def meta(cfg: ModelConfig, chosen: Mapping[str, str], reads: str) -> Statistic | None:
+  """Returns what scores the meta tokens; None: nothing does, or it does not read `reads`."""
+  name = chosen.get("score_M") if cfg.meta else None
+  return named(name).statistics["score_M"] if name and named(name).reads == reads else None

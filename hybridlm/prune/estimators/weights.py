@@ -5,17 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import axes
-from hybridlm.prune.estimators.base import Estimator, Seen, Statistic, owned, total
+from hybridlm.prune.estimators.base import Estimator, Seen, Statistic, shares, total
 
-SCORES = ("score_GHP", "score_F", "score_D", "score_KJ", "score_GN", "score_E")
+SCORES = (
+  "score_GHP", "score_F", "score_D", "score_KJ", "score_GN", "score_E", "score_U", "score_R",
+  "score_M",
+)
 
 
 def _squares(score: str) -> Statistic:
   """The squares of what a unit owns, summed."""
 
   def fold(seen: Seen) -> jax.Array:
-    found = [total(jnp.square(jnp.asarray(seen.leaves[name], jnp.float32)), axes.of(name),
-                   axes.of(score)) for name in owned(seen.leaves, score)]
+    found = [total(jnp.square(jnp.asarray(leaf, jnp.float32)), letters, axes.of(score))
+             for letters, leaf in shares(seen, score)]
     return sum(found[1:], found[0])
 
   return Statistic(fold)
@@ -25,8 +28,7 @@ def _signed(score: str) -> Statistic:
   """The square of the sum of what a unit owns: of w g, what the loss loses without it."""
 
   def fold(seen: Seen) -> jax.Array:
-    found = [total(seen.leaves[name], axes.of(name), axes.of(score))
-             for name in owned(seen.leaves, score)]
+    found = [total(leaf, letters, axes.of(score)) for letters, leaf in shares(seen, score)]
     return jnp.square(sum(found[1:], found[0]))
 
   return Statistic(fold)
