@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from hybridlm.config import Attention, ModelConfig
+from hybridlm.config import ModelConfig, attention_of
 from hybridlm.decode import sampling
 
 # Tokens a call where nobody watches: a call costs as much as some tokens of a small model.
@@ -232,11 +232,12 @@ def _check_stop(cfg, stop):
 
 def _size(cfg, longest, steps):
   """Returns how many positions attention remembers at most; raises beyond the model's context."""
-  if not any(isinstance(block, Attention) for block in cfg.blocks):
+  if all(attention_of(block) is None for block in cfg.blocks):
     return 1  # nothing is remembered by position, whatever the length
-  if cfg.context is not None and longest + steps > cfg.context:
+  if cfg.context is not None and cfg.meta + longest + steps > cfg.context:
+    meta = f"behind {cfg.meta} meta tokens " if cfg.meta else ""
     raise ValueError(
-      f"generation: a prompt of {longest} tokens and {steps} new ones do not fit the context of "
-      f"{cfg.context} tokens of this model with attention"
+      f"generation: a prompt of {longest} tokens and {steps} new ones {meta}do not fit the context "
+      f"of {cfg.context} tokens of this model with attention"
     )
   return bucket(longest + steps)

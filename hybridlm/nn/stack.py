@@ -29,7 +29,7 @@ class Loop(NamedTuple):
 
 
 Program = tuple[int | Loop, ...]
-Step = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
+Step = Callable[[int, Any, Any], tuple[Any, Any]]
 
 
 def program(cfg: ModelConfig) -> Program:
@@ -199,9 +199,9 @@ def counted(
 
 
 def run(
-  cfg: ModelConfig, x: jax.Array, trees: Mapping[int, Any], step: Step,
+  cfg: ModelConfig, x: Any, trees: Mapping[int, Any], step: Step,
   around: Callable[[Callable], Callable],
-) -> tuple[jax.Array, dict[int, Any]]:
+) -> tuple[Any, dict[int, Any]]:
   """Returns the last x and, for every block of the model, what its step returned beside x.
 
   Args:
