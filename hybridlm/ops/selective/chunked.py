@@ -135,10 +135,9 @@ def _scan_backward(inside, kept, bars):
     dt_bar_QBH = x_QBH * share_QBH + _sum("qbhn,n->qbh", cross_QBHN * a_HN, ones_N)
     b_bar_QBN = _sum("qbhn,qbh->qbn", bar_QBHN, dt_QBH * x_QBH)
     c_bar_QBN = _sum("qbhn,qbh->qbn", state_QBHN, y_bar_QBH)
-    ones_QB = jnp.ones(x_QBH.shape[:2], a_HN.dtype)
-    a_bar_HN += _sum("qbhn,qb->hn", cross_QBHN * dt_QBH[..., None], ones_QB)
+    a_bar_HN += _over_rows(jnp.ones_like(x_QBH[..., 0]), cross_QBHN * dt_QBH[..., None])
     if restart_HN is not None:
-      restart_bar_HN += _sum("qbhn,qb->hn", pull_QBHN, fresh_QB)
+      restart_bar_HN += _over_rows(_wide(fresh_QB, a_HN), pull_QBHN)
     narrow = (v.astype(old.dtype) for v, old in (
       (dt_QBH * share_QBH, x_CQBH), (dt_bar_QBH, dt_CQBH), (b_bar_QBN, b_CQBN), (c_bar_QBN, c_CQBN)
     ))
@@ -222,6 +221,15 @@ INSIDE: Mapping[str, Inside] = {
 
 def _wide(v, like):
   return v.astype(like.dtype)
+
+
+def _over_rows(weight_QB, v_QBHN):
+  """Returns the weighted sum over positions and rows.
+
+  With the weights on the left; on the right, XLA on CPU turns the large array first.
+  """
+  rows = ((0, 1), (0, 1))
+  return jax.lax.dot_general(weight_QB, v_QBHN, (rows, ((), ())), precision="highest")
 
 
 def _sum(subscripts, left, right):
