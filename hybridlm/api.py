@@ -125,7 +125,7 @@ def forward(
   """
   config.check(cfg, params)
   _check_tokens(cfg, token_BL, "forward")
-  _check_kept(kept)
+  _check_kept(cfg, kept)
   check_segments(segment_BL, "forward")
   segment_BL = None if segment_BL is None else jnp.asarray(segment_BL)
   return apply(cfg, params, jnp.asarray(token_BL), segment_BL, kept)[0]
@@ -177,8 +177,9 @@ def _check_tokens(cfg: ModelConfig, token_BL: Any, place: str) -> None:
     raise ValueError(f"{place}: token id {low if low < 0 else high} is outside 0..V-1={cfg.V - 1}")
 
 
-def _check_kept(kept: Mapping[str, Any] | None) -> None:
-  if kept is not None and set(kept) != {"count", "stay_V", "blocks"}:
+def _check_kept(cfg: ModelConfig, kept: Mapping[str, Any] | None) -> None:
+  wanted = {"count", "stay_V", "blocks", *(("stay_M",) if cfg.meta else ())}
+  if kept is not None and set(kept) != wanted:
     raise ValueError(f"kept has the keys {sorted(kept)}, not those that `mask` returns")
 
 

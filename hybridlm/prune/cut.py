@@ -158,8 +158,10 @@ def cut(
   """
   _check_source(cfg, params, plan)
   small = plan.small_config(cfg)
+  names = config.leaf_names(small)
   whole = {
-    key: _keep(folder, folder, plan.outside()) for key, folder in params.items() if key != "blocks"
+    key: _keep(folder, names[key], plan.outside())
+    for key, folder in params.items() if key != "blocks"
   }
   whole["blocks"] = {
     block_name(new): _keep_block(cfg, small, params["blocks"][block_name(old)], plan, new)

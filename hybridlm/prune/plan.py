@@ -54,8 +54,9 @@ class Plan:
       arrays. What is not named is kept whole. Rows are ascending; `keep_GH`, `keep_GN` and
       `keep_KJ` have one row for every group of the parent, all equally long, and `keep_G` and
       `keep_K` then drop whole rows. `keep_GN` of empty rows makes a Mamba-2 mixer a `GatedConv`;
-      a `keep_K` or `keep_G` of nothing turns that branch of a parallel block off. Which channels
-      meet in its fusion follows. Blocks that share keys keep K, E and U alike.
+      a `keep_K` or `keep_G` of nothing turns that branch of a parallel block off, a `keep_M` of
+      nothing leaves no meta tokens. Which channels meet in a fusion follows. Blocks that share
+      keys keep K, E and U alike.
   """
 
   config: ModelConfig
@@ -307,6 +308,8 @@ def check(plan: Plan) -> None:
   for name, value in plan.keep.items():
     if name == "keep_M" and not cfg.meta:
       raise ValueError("plan: keep_M, but the parent has no meta tokens")
+    if name == "keep_M" and value == ():
+      continue  # no meta tokens at all
     if name in OUTSIDE:
       _check_row(value, sizes[axes.of(name)], name)
       continue

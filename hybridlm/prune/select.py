@@ -233,13 +233,13 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   Args:
     cfg: the parent.
     scores: what `scores.calibrate` measured on it.
-    targets: sizes. D; M; F; H (heads a group) or heads (a block: a multiple of the groups that
-      stay); P; G; N (0: the SSM becomes a no-op); R; K; J; E; U. All but D and M may be a mapping
-      from block index to size; K, E and U of a block hold for those that read its keys. `noop`:
-      blocks whose SSM becomes a no-op, or how many. `attention_off` and `ssm_off`: parallel blocks
-      that lose this branch, or how many. `blocks`: how many stay, or the list of those that do; or
-      `layers`: how many pairs of a mixer and an MLP. `floors`: block kind -> how many stay at
-      least. An axis that is not named keeps its size.
+    targets: sizes. D; M (0: no meta tokens); F; H (heads a group) or heads (a block: a multiple of
+      the groups that stay); P; G; N (0: the SSM becomes a no-op); R; K; J; E; U. All but D and M
+      may be a mapping from block index to size; K, E and U of a block hold for those that read its
+      keys. `noop`: blocks whose SSM becomes a no-op, or how many. `attention_off` and `ssm_off`:
+      parallel blocks that lose this branch, or how many. `blocks`: how many stay, or the list of
+      those that do; or `layers`: how many pairs of a mixer and an MLP. `floors`: block kind -> how
+      many stay at least. An axis that is not named keeps its size.
 
   Raises:
     ValueError: an unknown target; a size larger than the parent's, zero, or one that groups cannot
@@ -255,7 +255,7 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   for letter, parent in (("D", cfg.D), ("M", cfg.meta)):
     width = sizes.width(cfg, targets, letter) if parent else 0
     if width < parent:
-      score = scores.width() if letter == "D" else scores.get("score_M")
+      score = scores.width() if letter == "D" else scores.get("score_M") if width else np.zeros(0)
       keep[f"keep_{letter}"] = top(score, width)
   left = list(range(len(cfg.blocks)))
   for name, choose in (("blocks", kept_blocks), ("layers", kept_layers)):

@@ -266,10 +266,10 @@ def width(cfg: ModelConfig, targets: Targets, letter: str = "D") -> int:
   """Returns a size of the whole model that targets ask for: D, or M meta tokens.
 
   Raises:
-    ValueError: not a whole number of at least 1, or larger than the parent's.
+    ValueError: not a whole number, none of D, or larger than the parent's.
   """
-  parent = {"D": cfg.D, "M": cfg.meta}[letter]
-  return wanted({letter: targets.get(letter, parent)}, letter, 0, parent)
+  parent, least = {"D": (cfg.D, 1), "M": (cfg.meta, 0)}[letter]
+  return wanted({letter: targets.get(letter, parent)}, letter, 0, parent, least=least)
 
 
 def keep_width(block: Attention, width: int, order: Any) -> list[int]:

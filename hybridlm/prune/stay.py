@@ -99,6 +99,7 @@ def best(
         chosen |= dict.fromkeys((owners.get(item, item), item))
   if len(chosen) > count or sum(floors.values()) > count:
     need = " + ".join(f"{floor} of kind {kind}" for kind, floor in sorted(floors.items()))
+    need += ", with blocks whose keys they read," if sum(floors.values()) <= count else ""
     raise ValueError(f"target floors: {need} are more than the {count} that stay")
   rest = [item for item in order if item not in chosen]
   return sorted([*chosen, *rest[: count - len(chosen)]])

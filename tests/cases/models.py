@@ -10,9 +10,11 @@ import numpy as np
 
 import hybridlm
 from hybridlm import axes
-from hybridlm.config import KINDS, Fusion, Mamba1, Parallel, Rope, ssm_of
+from hybridlm.config import KINDS, Fusion, Mamba1, Parallel, Rope, attention_of, ssm_of
 from hybridlm.nn.lm import HybridLM
+from hybridlm.prune import cut
 from hybridlm.prune.plan import ALIKE, Plan, pairs
+from hybridlm.prune.scores import Scores
 from hybridlm.prune.trees import tree_hash
 
 SIZES = {"V": 31, "D": 16, "F": 24, "K": 2, "J": 3, "E": 10, "G": 2, "H": 4, "P": 6, "N": 5, "W": 4}
@@ -23,6 +25,9 @@ SIDES = {
   "mamba2": {"U": 8, "chunk": 8},
   "mamba1": {"U": 8, "ssm": "mamba1", "G": 1, "H": 48, "P": 1, "R": 7, "chunk": 8},
 }
+SCORES = (
+  "score_GHP", "score_GN", "score_KJ", "score_E", "score_F", "score_D", "score_U", "score_R",
+)
 VARIANTS = {
   "untied": {},
   "tied": {"tied": True},
@@ -45,7 +50,8 @@ def hymba(ssm="mamba2", pattern="=-=-=-=-", **changes):
   layers = pattern.count("=")
   shared = {"kv_groups": (tuple(range(1, layers - 1)),)} if layers > 3 else {}
   return make(pattern=pattern, **{
-    **SIDES[ssm], "activation": "swiglu", "rope": Rope(), "window": 11, "meta": 9, "tied": True,
+    **SIDES[ssm], **({"activation": "swiglu"} if "-" in pattern else {}), "rope": Rope(),
+    "window": 11, "meta": 9, "tied": True,
     "global_layers": (0, layers - 1), **shared, **changes,
   })
 
@@ -95,6 +101,11 @@ def drawn(cfg, seed=0):
   Not compiled as one program: draws of a shape are compiled once for all configs.
   """
   return Leaves(cfg).init(jax.random.key(seed))["params"]
+
+
+def wide(tree):
+  """Returns a tree's leaves as float64 arrays of NumPy's."""
+  return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
 def tokens(cfg, shape=(2, 37), seed=1):
@@ -165,6 +176,23 @@ def _written(part):
   return f"KJ{part.value}" if hasattr(part, "value") else "GHP"
 
 
+def scored(cfg, seed=0, **sums):
+  """Returns random scores of every axis and depth of a model; those of a rotary pair are equal."""
+  rng, made = np.random.default_rng(seed), {}
+  for index, block in enumerate(cfg.blocks):
+    for name in SCORES:
+      if set(axes.of(name)) <= {"D", *block.axes}:
+        made[f"{index:02d}/{name}"] = rng.uniform(1, 2, axes.shape(name, cfg.sizes(index)))
+    if getattr(attention_of(block), "rope", None):
+      score_E, half = made[f"{index:02d}/score_E"], pairs(block)
+      score_E[half : 2 * half] = score_E[:half]
+  for name in ("score_X", "score_ssm_X", "score_attention_X", "score_ssm_branch_X"):
+    made[name] = rng.uniform(1, 2, len(cfg.blocks))
+  made["score_M"] = rng.uniform(1, 2, cfg.meta)
+  made = {path: value.astype(np.float32) for path, value in (made | sums).items()}
+  return Scores(made, 1.0, {"parameters": "x"})
+
+
 def plan(cfg, tree, sizes, seed=0):
   """Returns a plan that keeps random entries: sizes by letter, or by block index and letter.
 
@@ -201,6 +229,24 @@ def plan(cfg, tree, sizes, seed=0):
       rest = {name: rows for name, rows in mine.items() if name not in ALIKE}
       keep[f"{index:02d}"] = rest | theirs | ({"keep_K": []} if off else {})
   return Plan(cfg, tree_hash(tree), keep)
+
+
+def parent_ids(cfg, plan):
+  """Returns the parent's ids of the real tokens that stay."""
+  row_V = plan.array("keep_V") if "keep_V" in plan.keep else np.arange(cfg.V)
+  return row_V[row_V < cfg.real_vocabulary]
+
+
+def both(cfg, params, plan, *, seed=1, segment_BL=None, shape=(2, 37)):
+  """Returns the logits of the masked and of the cut model for the tokens both know."""
+  small_cfg, small = cut.cut(cfg, params, plan)
+  masked, kept = hybridlm.mask(cfg, params, plan)
+  token_V = parent_ids(cfg, plan)
+  token_BL = np.random.default_rng(seed).integers(0, len(token_V), shape)
+  got = hybridlm.forward(cfg, masked, token_V[token_BL], segment_BL, kept=kept)
+  want = hybridlm.forward(small_cfg, small, token_BL, segment_BL)
+  assert np.isneginf(np.delete(got, token_V, axis=-1)).all()
+  return got[..., token_V], want[..., : len(token_V)]
 
 
 def channels(block, size, rng):

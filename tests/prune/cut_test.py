@@ -53,34 +53,16 @@ def made(variant, **changes):
   return models.make(variant, **changes)
 
 
-def parent_ids(cfg, plan):
-  """Returns the parent's ids of the real tokens that stay."""
-  row_V = plan.array("keep_V") if "keep_V" in plan.keep else np.arange(cfg.V)
-  return row_V[row_V < cfg.real_vocabulary]
-
-
-def both(cfg, params, plan, *, seed=1, segment_BL=None, shape=(2, 37)):
-  """Returns the logits of the masked and of the cut model for the tokens both know."""
-  small_cfg, small = cutting.cut(cfg, params, plan)
-  masked, kept = hybridlm.mask(cfg, params, plan)
-  token_V = parent_ids(cfg, plan)
-  token_BL = np.random.default_rng(seed).integers(0, len(token_V), shape)
-  got = hybridlm.forward(cfg, masked, token_V[token_BL], segment_BL, kept=kept)
-  want = hybridlm.forward(small_cfg, small, token_BL, segment_BL)
-  assert np.isneginf(np.delete(got, token_V, axis=-1)).all()
-  return got[..., token_V], want[..., : len(token_V)]
-
-
 @pytest.mark.parametrize("axis, variant", PAIRS)
 def test_masked_parent_and_cut_child_give_the_same_logits(axis, variant):
   cfg = made(variant)
   for scale in (1.0, 10.0):
     params = models.params(cfg, scale)
     plan = models.plan(cfg, params, CUTS[axis][0])
-    got, want = both(cfg, params, plan)
+    got, want = models.both(cfg, params, plan)
     assert models.error(got, want) < 1e-5
     if axis != "V":
-      token_V = parent_ids(cfg, plan)
+      token_V = models.parent_ids(cfg, plan)
       token_BL = token_V[np.random.default_rng(1).integers(0, len(token_V), (2, 37))]
       whole = hybridlm.forward(cfg, params, token_BL)[..., token_V]
       assert models.error(whole, want) > LEAST.get(axis, 1e-3)
@@ -92,7 +74,7 @@ def test_mask_equals_cut_with_segments_padded_vocabulary_and_rematerialised_bloc
   params = models.params(cfg, 10.0)
   segment_BL = models.batches(cfg, 1)[0]["segment_BL"]
   plan = models.plan(cfg, params, ALL)
-  got, want = both(cfg, params, plan, segment_BL=segment_BL, shape=segment_BL.shape)
+  got, want = models.both(cfg, params, plan, segment_BL=segment_BL, shape=segment_BL.shape)
   assert models.error(got, want) < 1e-5
 
 
@@ -154,7 +136,7 @@ def test_in_bfloat16_compute_mask_and_cut_agree_within_its_rounding(variant, siz
   # At 5 times the default initialisation; larger weights round more.
   cfg = made(variant, dtype="bfloat16")
   params = models.params(cfg, 5.0)
-  got, want = both(cfg, params, models.plan(cfg, params, sizes))
+  got, want = models.both(cfg, params, models.plan(cfg, params, sizes))
   assert models.error(got, want) < 0.03
 
 
@@ -168,7 +150,7 @@ def test_gradients_of_the_masked_model_are_those_of_the_cut_one(variant, pattern
   plan = models.plan(cfg, params, sizes)
   small_cfg, small = cutting.cut(cfg, params, plan)
   masked, kept = hybridlm.mask(cfg, params, plan)
-  token_V, rng = parent_ids(cfg, plan), np.random.default_rng(2)
+  token_V, rng = models.parent_ids(cfg, plan), np.random.default_rng(2)
   token_BL, target_BL = (rng.integers(0, len(token_V), (2, 23)) for _ in range(2))
 
   def total(cfg, params, batch, kept=None):
@@ -212,7 +194,7 @@ def test_a_verified_cut_of_every_axis_says_how_close_it_is_and_misses_no_scale()
   plan = models.plan(cfg, params, {**ALL, 2: {"N": 0}})
   small_cfg, small = hybridlm.cut(cfg, params, plan)
   assert api.verify(cfg, params, plan, small_cfg, small) < 1e-5
-  assert small_cfg.real_vocabulary == len(parent_ids(cfg, plan))
+  assert small_cfg.real_vocabulary == len(models.parent_ids(cfg, plan))
   folder = small["blocks"]["02"]
   unscaled = {**folder, "w_q_DKJE": folder["w_q_DKJE"] * np.sqrt(10 / 6).astype(np.float32)}
   wrong = {**small, "blocks": {**small["blocks"], "02": unscaled}}

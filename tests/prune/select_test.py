@@ -6,30 +6,12 @@ import numpy as np
 import pytest
 
 from cases import models
-from hybridlm import axes
 from hybridlm.config import Attention, GatedConv, Mamba, Rope, block_name
 from hybridlm.prune import select, sizes, stay
 from hybridlm.prune.scores import Scores
 
 PATTERN = "M-M*-M-*-"  # 9 blocks: Mamba 0 2 5, attention 3 7, MLP 1 4 6 8
-INNER = ("score_GHP", "score_GN", "score_KJ", "score_E", "score_F", "score_D")
-
-
-def scored(cfg, seed=0, **sums):
-  """Returns random scores of every axis and depth of a model; those of a rotary pair are equal."""
-  rng = np.random.default_rng(seed)
-  made = {}
-  for index, block in enumerate(cfg.blocks):
-    for name in INNER:
-      if set(axes.of(name)) <= {"D", *block.axes}:
-        made[f"{block_name(index)}/{name}"] = rng.uniform(1, 2, axes.shape(name, cfg.sizes(index)))
-    if getattr(block, "rope", None):
-      score_E, half = made[f"{block_name(index)}/score_E"], sizes.pairs(block)
-      score_E[half : 2 * half] = score_E[:half]
-  for name in ("score_X", "score_ssm_X"):
-    made[name] = rng.uniform(1, 2, len(cfg.blocks))
-  made = {path: value.astype(np.float32) for path, value in (made | sums).items()}
-  return Scores(made, 1.0, {"parameters": "x"})
+scored = models.scored
 
 
 def model(rope=None, **changes):
