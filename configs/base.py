@@ -14,7 +14,8 @@ SEARCHED = ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "lay
 def source(kind: str, path: str = "") -> ml_collections.ConfigDict:
   """A source of text; fields as in `hybridlm.data.sources.Source`."""
   return ml_collections.ConfigDict(
-    {"kind": kind, "path": path, "field": "text", "rule": "tenth", "template": "plain"})
+    {"kind": kind, "path": path, "field": "text", "rule": "tenth", "template": "plain",
+     "pairs": 8, "distance": 0, "documents": 1000})
 
 
 def training(steps: int, peak: float) -> ml_collections.ConfigDict:
@@ -44,8 +45,10 @@ def model() -> ml_collections.ConfigDict:
   """A teacher that is pretrained: its pattern and sizes, and how it computes."""
   c = ml_collections.ConfigDict()
   c.preset = ""  # a published model by name; then pattern and sizes stay unset
-  c.pattern = ""  # one character a block: M Mamba-2, * attention, - MLP
-  for letter in "VDFKJEGHPNW":
+  # One character a block: M Mamba-2, S Mamba-1, * attention, = attention and an SSM side by side,
+  # - MLP.
+  c.pattern = ""
+  for letter in "VDFKJEUGHPNRW":
     c[letter] = config_dict.placeholder(int)  # V unset: as many rows as the tokenizer has ids
   # Unset: what `hybridlm.ModelConfig` and its blocks take, or the preset. Of an imported teacher
   # only dtype, remat, stack, ssd, attention and chunk can be set.
@@ -53,6 +56,17 @@ def model() -> ml_collections.ConfigDict:
     c[name] = config_dict.placeholder(str)
   c.tied = config_dict.placeholder(bool)
   c.chunk = config_dict.placeholder(int)
+  c.meta = config_dict.placeholder(int)  # learnt vectors before every document
+  c.window = config_dict.placeholder(int)  # positions that attention sees; unset: all
+  c.rope = config_dict.placeholder(float)  # base of rotary positions; unset: there are none
+  # Layers with attention, counted from 0: those without the window, and groups in a row that share
+  # the first one's keys and values: ((1, 2), (3, 4)).
+  c.global_layers = ()
+  c.kv_groups = ()
+  # Of =: "mamba2" or "mamba1"; "mean" or "sum" of both branches. What a Mamba-2 mixer norms:
+  # "gated", "before" or "none".
+  for name in ("ssm", "fusion", "gate"):
+    c[name] = config_dict.placeholder(str)
   return c
 
 
@@ -86,11 +100,12 @@ def calibrate() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   # A name, or one with exceptions by letter: "activation,F=flap,N=ghost" (docs/estimators.md).
   c.estimator = "activation"
-  c.axes = "HPFDJ"  # letters of HPGFDJKENV
+  c.axes = "HPFDJ"  # letters of HPGFDJKEUNRVM
   # "kl", "mse", "greedy", "influence" or "window" also scores whole blocks.
   c.depth = config_dict.placeholder(str)
   c.window = config_dict.placeholder(int)  # blocks that go together, for "window"
-  c.noop = config_dict.placeholder(str)  # "kl" also scores blocks without their SSM
+  # "kl" also scores blocks without their SSM, and those of two branches without either.
+  c.noop = config_dict.placeholder(str)
   c.save_every = 4  # batches between saves of what is done
   c.split = "train"
   c.batches = 16
@@ -105,9 +120,11 @@ def targets() -> ml_collections.ConfigDict:
   # its size too: F = ((1, 16), (3, 8)); N = 0 leaves a block its convolution, gate and norm alone.
   # `blocks` is how many blocks stay, or which; `layers` how many pairs of a mixer and an MLP;
   # `noop` of how many blocks, or of which, N is 0; `floors` how many blocks of a kind stay at
-  # least: (("*", 2),).
+  # least: (("*", 2),). `M` is of the whole model; `attention_off` and `ssm_off` are how many blocks
+  # with both branches lose that one, or which.
   for name in (
-    "D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "layers", "noop", "floors"
+    "D", "F", "H", "heads", "P", "J", "K", "E", "U", "N", "R", "G", "M", "blocks", "layers", "noop",
+    "attention_off", "ssm_off", "floors",
   ):
     c[name] = config_dict.placeholder(object)
   return c
@@ -137,6 +154,23 @@ def evaluate() -> ml_collections.ConfigDict:
   c.batches = 32  # at most, spread evenly over the split
   c.speed_repeats = 5
   c.ngram = 6  # largest order of the byte n-gram baselines; 0 leaves them out
+  return c
+
+
+def assess() -> ml_collections.ConfigDict:
+  """What a pretrained model is worth beside others of its size, see `experiments.roadmap`."""
+  c = ml_collections.ConfigDict()
+  c.members = ""  # models to set side by side, as `experiments.sweep` takes them, "list:.."
+  c.seeds = 1
+  c.tolerance = 0.02  # by which their parameters may differ, as a share
+  # Pairs of members whose difference is said in words: (("meta", "sharing"), ..).
+  c.pairs = ()
+  c.recall = ()  # sources of kind "recall" whose answers are counted; tables show the first
+  c.batch = 8
+  c.batches = 16  # of documents, one a row
+  c.context = 8192  # tokens whose decode state is counted, at 16 bits a number
+  c.steps = 16  # tokens that decoding is timed on at that context, `turns` times
+  c.turns = 5
   return c
 
 
@@ -281,6 +315,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.scratch = ml_collections.ConfigDict({"run": "same", "peak": 3e-3})
 
   c.evaluate = evaluate()
+
+  c.assess = assess()
 
   c.findings = findings()
 

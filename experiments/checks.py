@@ -16,7 +16,7 @@ from experiments import exchange, losses, observing, precision
 from experiments.mistakes import about
 from hybridlm import axes, config
 from hybridlm import layout as layouts
-from hybridlm.config import Mamba, ModelConfig
+from hybridlm.config import Mamba, ModelConfig, Parallel
 from hybridlm.data import tokenizers
 from hybridlm.data.pipeline import Corpus
 from hybridlm.eval import ngram
@@ -34,6 +34,8 @@ LEAST = {
   "evaluate.batch": 1, "evaluate.batches": 1, "evaluate.speed_repeats": 1, "evaluate.ngram": 0,
   "findings.batch": 1, "findings.batches": 1, "findings.seeds": 1, "findings.calibration": 1,
   "repair.batch": 1, "repair.batches": 1, "distil.wide_ends": 0,
+  "assess.batch": 1, "assess.batches": 1, "assess.context": 1, "assess.seeds": 1,
+  "assess.steps": 1, "assess.turns": 1,
 } | {
   f"{run}.{key}": least for run in ("teacher", "distil", "correct")
   for key, least in {"steps": 1, "batch": 1, "accumulate": 1, "validate_batches": 1,
@@ -118,6 +120,10 @@ def _names(c: ConfigDict) -> None:
     if value not in known:
       raise ValueError(f"{path}={value!r} is not one of {', '.join(map(str, known))}")
   letters, spec = c.calibrate.axes, c.calibrate.estimator
+  for name in c.assess.recall:
+    if name not in c.data.sources or c.data.sources[name].kind != "recall":
+      raise ValueError(f"assess.recall={tuple(c.assess.recall)}: {name!r} is no source of kind "
+                       "'recall'")
   if not letters or not set(letters) <= set(scoring.SCORE_OF):
     raise ValueError(f"calibrate.axes={letters!r}: choose from {''.join(scoring.SCORE_OF)}")
   with about(f"calibrate.estimator={spec!r}"):
@@ -159,6 +165,9 @@ def heads(kept: Iterable[Any], cfg: ModelConfig) -> None:
   kept = tuple(kept)
   if kept and not any(isinstance(block, Mamba) for block in cfg.blocks):
     raise ValueError(f"findings.heads={kept}: the teacher {cfg.pattern!r} has no Mamba block")
+  if kept and any(isinstance(block, Parallel) for block in cfg.blocks):
+    raise ValueError(f"findings.heads={kept}: the teacher {cfg.pattern!r} has parallel blocks; "
+                     "heads are studied where a block is one mixer")
   for count in kept:
     if type(count) is not int or not 1 <= count <= cfg.size("H"):
       raise ValueError(

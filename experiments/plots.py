@@ -9,14 +9,14 @@ import matplotlib.ticker
 import numpy as np
 
 from hybridlm import axes
-from hybridlm.config import Mamba, block_name
+from hybridlm.config import Mamba, Mamba1, block_name, ssm_of
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 
 KEPT, DROPPED = "#2b6cb0", "#dd6b20"
 FEW = 64  # bars that have room for gaps between them
 TITLES = {"F": "MLP width F", "KJ": "queries J of each key-value head K", "D": "residual width D",
-          "X": "blocks X"}
+          "X": "blocks X", "M": "meta tokens M"}
 
 
 class Curve(NamedTuple):
@@ -49,12 +49,18 @@ def _bars(ax, score: np.ndarray, kept: np.ndarray | None, title: str) -> None:
 
 
 def _flat_kept(plan: Plan, index: int, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-  """Returns the kept entries of a score array laid flat, row by row; None where all stay."""
-  keep = plan.array(name, index)
-  if keep is None:
+  """Returns the kept entries of a score array laid flat, row by row; None where all stay.
+
+  Of groups that go, and of a branch that is off, nothing stays.
+  """
+  keep, letters = plan.array(name, index), axes.of(name)
+  groups = plan.array(f"keep_{letters[0]}", index) if len(letters) == 2 else None
+  if keep is None and groups is None:
     return None
   rows = np.arange(np.prod(shape)).reshape(shape)
-  return (np.take_along_axis(rows, keep, axis=1) if keep.ndim == 2 else rows[keep]).ravel()
+  if keep is not None:
+    rows = np.take_along_axis(rows, keep, axis=1) if keep.ndim == 2 else rows[keep]
+  return (rows if groups is None else rows[groups]).ravel()
 
 
 def _bar_figure(panels: Sequence[tuple[str, np.ndarray, np.ndarray | None]], x_label: str):
@@ -90,7 +96,8 @@ def _heads_figure(scores: Scores, plan: Plan, blocks: Sequence[int]):
       ax.plot([column, column], [-0.5, groups * heads - 0.5], color=DROPPED, lw=2.5)
     for group in range(1, groups):
       ax.axhline(group * heads - 0.5, color="white", lw=2)
-    ax.set_yticks(rows, [f"G{row // heads} H{row % heads}" for row in rows], fontsize=7)
+    if len(rows) <= FEW:
+      ax.set_yticks(rows, [f"G{row // heads} H{row % heads}" for row in rows], fontsize=7)
     ax.set_title(
       f"block {block_name(index)}: {len(lost_rows)} of {groups * heads} heads and "
       f"{len(lost_columns)} of {channels} channels dropped (crossed out)", fontsize=9,
@@ -108,7 +115,7 @@ def importance(scores: Scores, plan: Plan, folder: pathlib.Path) -> dict[str, pa
     folder: where `importance_F.png` and its like go.
   """
   cfg, made = plan.config, {}
-  mamba = [i for i, block in enumerate(cfg.blocks) if isinstance(block, Mamba)]
+  mamba = [i for i, block in enumerate(cfg.blocks) if isinstance(ssm_of(block), (Mamba, Mamba1))]
   if mamba and f"{block_name(mamba[0])}/score_GHP" in scores.sums:
     figure = _heads_figure(scores, plan, mamba)
     made["SSM heads H and channels P"] = _save(figure, folder / "importance_HP.png")
@@ -128,10 +135,29 @@ def importance(scores: Scores, plan: Plan, folder: pathlib.Path) -> dict[str, pa
     panels.append(("D", "summed over norms", scores.width(), plan.array("keep_D")))
   if "score_X" in scores.sums:
     panels.append(("X", "loss of one block", scores.get("score_X"), plan.array("keep_X")))
+  if "score_M" in scores.sums:
+    panels.append(("M", "before every document", scores.get("score_M"), plan.array("keep_M")))
   for letter, title, score, kept in panels:
     figure = _bar_figure([(title, score, kept)], TITLES[letter])
     made[TITLES[letter]] = _save(figure, folder / f"importance_{letter}.png")
   return made
+
+
+def points(
+  panels: Mapping[str, Mapping[str, tuple[float, float]]], path: pathlib.Path, *, x_label: str
+) -> pathlib.Path:
+  """Writes one panel a title with named points, x on a logarithmic axis; returns the file."""
+  figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+  grid = figure.subplots(1, len(panels), squeeze=False)[0]
+  for ax, (title, named) in zip(grid, panels.items(), strict=True):
+    for number, (name, place) in enumerate(named.items()):
+      ax.plot(*place, color=f"C{number}", marker="o", ls="", label=name)
+    ax.set_xscale("log")
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel(x_label)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+  return _save(figure, path)
 
 
 def curves(

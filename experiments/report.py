@@ -8,7 +8,7 @@ from typing import Any
 import hybridlm
 from experiments import artefacts, observing, plots
 from hybridlm import config
-from hybridlm.config import ModelConfig
+from hybridlm.config import ModelConfig, Parallel
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
 
@@ -147,13 +147,26 @@ def ngram_table(ngrams: Mapping[str, Sequence[float]]) -> str:
 
 
 def sizes(cfg: ModelConfig) -> str:
-  """Returns a model in one line: pattern and, for each letter, the sizes its blocks have."""
+  """Returns a model in one line: pattern, the sizes its blocks have by letter, what is off."""
   found: dict[str, set[int]] = {}
   for index in range(len(cfg.blocks)):
     for letter, size in cfg.sizes(index).items():
       found.setdefault(letter, set()).add(size)
+  if cfg.meta:
+    found["M"] = {cfg.meta}
   text = " ".join(f"{letter}={'/'.join(map(str, sorted(s)))}" for letter, s in found.items())
-  return f"`{cfg.pattern}` {text}, {config.parameters(cfg):,} parameters"
+  off = "".join(f", {name} off in {' '.join(map(str, gone))}"
+                for name, gone in _off(cfg).items() if gone)
+  return f"`{cfg.pattern}` {text}{off}, {config.parameters(cfg):,} parameters"
+
+
+def _off(cfg: ModelConfig) -> dict[str, list[int]]:
+  """Returns which parallel blocks have lost a branch, by its name."""
+  blocks = [(i, block) for i, block in enumerate(cfg.blocks) if isinstance(block, Parallel)]
+  return {
+    "attention": [i for i, block in blocks if block.attention is None],
+    "SSM": [i for i, block in blocks if block.ssm is None],
+  }
 
 
 def forecast(models: Mapping[str, ModelConfig], *, length: int, batch: int) -> str:

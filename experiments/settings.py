@@ -8,30 +8,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import hybridlm
 from experiments import checks, exchange, precision, rounds
+from experiments.leftover import UNSET, replayed, small
 from experiments.mistakes import about
-from hybridlm import axes, layout
-from hybridlm.config import PRESETS, ModelConfig, block_name
+from hybridlm import layout
+from hybridlm.config import PRESETS, ModelConfig, Rope
 from hybridlm.data import pipeline as data
 from hybridlm.data.sources import Source
 from hybridlm.interop import dispatch
-from hybridlm.prune import scores as scoring
-from hybridlm.prune import select
-from hybridlm.prune.plan import Plan
 from hybridlm.train import mesh as meshes
 from hybridlm.train import optim
 
-SIZES = "VDFKJEGHPNW"
+SIZES = "VDFKJEUGHPNRW"
 # `plan.path` that stands for the best of the search.
 SEARCH = "search"
-UNSET = "targets are all unset: name at least one size to prune to"
+# Targets that name blocks, or how many of them scores choose.
+LISTED = ("blocks", "noop", "attention_off", "ssm_off")
 # What else a model is made of, and how it computes; only the latter may change a preset.
-STYLE = ("activation", "norm", "tied")
+STYLE = (
+  "activation", "norm", "tied", "meta", "window", "rope", "global_layers", "kv_groups", "ssm",
+  "fusion", "gate",
+)
 RUNTIME = ("dtype", "remat", "stack", "ssd", "chunk", "attention")
 
 
@@ -87,7 +87,7 @@ def model(c: ConfigDict, vocabulary: int) -> ModelConfig:
     ValueError: an unknown preset, a preset with sizes of its own, a pattern without, or V too small
       for the tokenizer.
   """
-  given = {name: c.model[name] for name in (*SIZES, *STYLE) if c.model[name] is not None}
+  given = {name: c.model[name] for name in (*SIZES, *STYLE) if c.model[name] not in (None, ())}
   runtime = {name: c.model[name] for name in RUNTIME if c.model[name] is not None}
   if c.model.preset:
     if c.model.preset not in PRESETS:
@@ -102,7 +102,9 @@ def model(c: ConfigDict, vocabulary: int) -> ModelConfig:
       raise ValueError("model.pattern is empty: give a pattern, such as 'M-M*-', or a preset")
     if "D" not in given:
       raise ValueError("model.D is unset: a model needs its residual width")
-    cfg = ModelConfig.from_pattern(c.model.pattern, **({"V": vocabulary} | given), **runtime)
+    with about("model"):
+      given |= {"rope": Rope(base=given["rope"])} if "rope" in given else {}
+      cfg = ModelConfig.from_pattern(c.model.pattern, **({"V": vocabulary} | given), **runtime)
   check_vocabulary(c, cfg, vocabulary)
   return cfg.replace(vocabulary=vocabulary) if vocabulary < cfg.V else cfg
 
@@ -121,7 +123,7 @@ def targets(c: ConfigDict) -> dict[str, Any]:
   """Returns the targets that the config sets, as `prune.select.plan` takes them.
 
   Pairs become mappings: `F = ((1, 16), (3, 8))` is F by block, `floors` blocks by symbol. A tuple
-  of blocks becomes a list.
+  of blocks, as `LISTED` targets take it, becomes a list.
 
   Raises:
     ValueError: a tuple of anything else.
@@ -132,7 +134,7 @@ def targets(c: ConfigDict) -> dict[str, Any]:
 def _target(name: str, value: Any) -> Any:
   if not isinstance(value, (tuple, list)):
     return value
-  if name in ("blocks", "noop"):
+  if name in LISTED:
     return list(value)
   key = str if name == "floors" else int
   if not value or not all(
@@ -156,71 +158,14 @@ def written(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def chosen(wanted: Mapping[str, Any]) -> bool:
   """Whether scores decide which blocks stay, or what becomes of them."""
-  return any(not isinstance(wanted.get(name, []), list) for name in ("blocks", "layers", "noop"))
+  return any(not isinstance(wanted.get(name, []), list) for name in (*LISTED, "layers"))
 
 
 def open_pattern(cfg: ModelConfig, wanted: Mapping[str, Any]) -> bool:
   """Whether scores decide what kinds of blocks stay, so that targets do not say it."""
   layers = set(zip(cfg.blocks[::2], cfg.blocks[1::2], strict=False))
-  counts = not all(isinstance(wanted.get(name, []), list) for name in ("blocks", "noop"))
+  counts = not all(isinstance(wanted.get(name, []), list) for name in LISTED)
   return counts or ("layers" in wanted and len(layers) > 1)
-
-
-def small(
-  cfg: ModelConfig, wanted: Mapping[str, Any], *, letters: str, depth: str | None,
-  noop: str | None = None,
-) -> ModelConfig:
-  """Returns the config that a plan of these targets leaves.
-
-  Where scores decide which blocks stay it is one of those that may be left.
-
-  Args:
-    cfg: the parent.
-    wanted: target sizes.
-    letters: axes that calibration scores.
-    depth: how it scores blocks; None: not.
-    noop: how it scores blocks without their SSM; None: not.
-
-  Raises:
-    ValueError: no target, targets that no plan of this parent can meet, or an axis without scores.
-  """
-  if not wanted:
-    raise ValueError(UNSET)
-  asked = {"score_X": depth, "score_ssm_X": noop}
-  shapes = {name: (len(cfg.blocks),) for name, how in asked.items() if how}
-  names = {scoring.SCORE_OF[letter] for letter in letters if letter in scoring.SCORE_OF}
-  for index, block in enumerate(cfg.blocks):
-    for name in names:
-      if set(axes.of(name)) <= {"D", *block.axes}:
-        shapes[f"{block_name(index)}/{name}"] = axes.shape(name, cfg.sizes(index))
-  sums = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
-  even = scoring.Scores(sums, 1.0, {"parameters": "none"})
-  hybridlm.plan(cfg, even, wanted)  # every score is there
-  return select.sized(cfg, wanted)
-
-
-def replayed(cfg: ModelConfig, path: str, expected: ModelConfig | None) -> ModelConfig:
-  """Returns the config that the plan in a manifest leaves.
-
-  Args:
-    cfg: the parent.
-    path: of the manifest.
-    expected: what the targets leave; None: there are none.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: not a plan, one of a model of other sizes, or of other sizes than the targets.
-  """
-  with about(f"plan {path}"):
-    plan = Plan.load(path)
-  if plan.config.blocks != cfg.blocks or (plan.config.V, plan.config.D) != (cfg.V, cfg.D):
-    raise ValueError(f"plan {path} was made for another model: {plan.config.pattern!r}, "
-                     f"V={plan.config.V}, D={plan.config.D}")
-  left = plan.small_config()
-  if expected is not None and (left.D, left.blocks) != (expected.D, expected.blocks):
-    raise ValueError(f"plan {path} leaves other sizes than the targets: D={left.D} and "
-                     f"{left.pattern!r}, not D={expected.D} and {expected.pattern!r}")
-  return left
 
 
 def optimizer(run: ConfigDict, *, peak: float | None = None) -> optim.Optimizer:

@@ -35,6 +35,10 @@ COLUMNS = {
   ),
   "prune": ("teacher.parameters", "cut.parameters", "cut.verified.masked_against_cut"),
   "calibrate": ("teacher.parameters",),
+  "assess": (
+    "teacher.parameters", "assess.text.bits_per_byte", "assess.recall.accuracy",
+    "assess.state.state_bytes",
+  ),
 }
 # Of every artefact: how it was made, and what its model is.
 _APART = ("inputs.json", "done.json")
@@ -47,7 +51,7 @@ def numbers(job: pathlib.Path, cache: pathlib.Path) -> dict[str, float]:
   Stages that workdirs share are read from the cache; `STAGE.parameters` counts a stage's model.
   """
   found: dict[str, float] = {}
-  for name, stage in _stages(job, cache).items():
+  for name, stage in folders(job, cache).items():
     for path in sorted(stage.glob("*.json")):
       if path.name not in _APART:
         flat = stages.flat({name: {path.stem: artefacts.read_json(path)}})
@@ -69,7 +73,7 @@ def _winner(search: pathlib.Path) -> dict[str, Any]:
   return (records[-1] if records else {}) | (rungs[-1] if rungs else {})
 
 
-def _stages(job: pathlib.Path, cache: pathlib.Path) -> dict[str, pathlib.Path]:
+def folders(job: pathlib.Path, cache: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns the folders of finished stages by name, those in the cache that others need too."""
   own = {path.parent.name: path.parent for path in sorted(job.glob("*/done.json"))}
   shared = {}

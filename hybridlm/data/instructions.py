@@ -111,11 +111,12 @@ def encode(
     tokenizer: for text.
     special: gives the id of a token by its name.
   """
-  ids = iter(tokenizer.encode_all([part.text for each in documents for part in each
-                                   if not part.special]))
+  texts = list(dict.fromkeys(
+    part.text for each in documents for part in each if not part.special))
+  ids = dict(zip(texts, tokenizer.encode_all(texts), strict=True))
   found, counts = [], []
   for each in documents:
-    pieces = [np.array([special(part.text)], np.int32) if part.special else next(ids)
+    pieces = [np.array([special(part.text)], np.int32) if part.special else ids[part.text]
               for part in each]
     sizes = [*map(len, pieces), 1]
     marks = [*(part.counts for part in each), each[-1].counts]

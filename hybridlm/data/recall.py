@@ -9,7 +9,6 @@ import string
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int
 
 from hybridlm.data import packing
 from hybridlm.data.instructions import Part
@@ -20,7 +19,7 @@ CHANCE = 1 / len(VALUES)
 
 
 def documents(*, pairs: int, distance: int, count: int) -> Iterator[tuple[Part, ...]]:
-  """Yields documents, each of 4·pairs + distance + 1 symbols; the same counts, the same documents.
+  """Yields documents of 4·pairs + distance + 1 symbols; more of them begin with the same ones.
 
   A part is one symbol, so that a tokenizer gives each an id of its own.
 
@@ -35,20 +34,20 @@ def documents(*, pairs: int, distance: int, count: int) -> Iterator[tuple[Part, 
   if not 1 <= pairs <= len(KEYS) or distance < 0 or count < 1:
     raise ValueError(f"{count} documents of pairs={pairs} and distance={distance}: pairs must lie "
                      f"in 1..{len(KEYS)}, distance must not be negative, documents be at least 1")
-  for number in range(count):
-    # Raw bits and stable sorts: the same on every NumPy, unlike Generator.permutation.
-    bits = np.random.PCG64([number, pairs, distance])
-    keys, values = (_order(bits, len(known))[:pairs] for known in (KEYS, VALUES))
-    shown = [symbol for key, value in zip(keys, values, strict=True)
-             for symbol in (KEYS[key], VALUES[value])]
-    shown += [FILLER[draw % len(FILLER)] for draw in bits.random_raw(distance).tolist()]
-    asked = [(KEYS[keys[at]], VALUES[values[at]]) for at in _order(bits, pairs)]
-    questions = [part for key, value in asked for part in (Part(key, False), Part(value, True))]
-    yield (*(Part(symbol, False) for symbol in shown), *questions, Part("\n", False))
-
-
-def _order(bits: np.random.PCG64, count: int) -> Int[np.ndarray, "count"]:
-  return np.argsort(bits.random_raw(count), kind="stable")
+  # Raw bits and stable sorts: the same on every NumPy, unlike Generator.permutation.
+  draws = np.random.PCG64([pairs, distance]).random_raw(
+    (count, len(KEYS) + len(VALUES) + distance + pairs))
+  parts = np.split(draws, np.cumsum([len(KEYS), len(VALUES), distance]), axis=1)
+  keys, values, orders = (
+    np.argsort(parts[at], axis=1, kind="stable")[:, :pairs].tolist() for at in (0, 1, 3))
+  fillers = (parts[2] % len(FILLER)).tolist()
+  read = {symbol: Part(symbol, False) for symbol in KEYS + VALUES + FILLER + "\n"}
+  learnt = {symbol: Part(symbol, True) for symbol in VALUES}
+  for key, value, filler, order in zip(keys, values, fillers, orders, strict=True):
+    known = [(KEYS[k], VALUES[v]) for k, v in zip(key, value, strict=True)]
+    shown = [read[symbol] for pair in known for symbol in pair]
+    asked = [part for at in order for part in (read[known[at][0]], learnt[known[at][1]])]
+    yield (*shown, *(read[FILLER[digit]] for digit in filler), *asked, read["\n"])
 
 
 def rows(

@@ -34,7 +34,7 @@ def test_every_key_is_asked_for_once_and_its_value_is_the_answer():
                   == np.argsort(np.argsort([ord(c) for c in d.text[-2 * PAIRS - 1 : -1 : 2]])))
             for d in found}
   assert len(orders) > 1  # asked for in other orders than shown
-  assert found == corpus().documents("recall", "all")
+  assert found == corpus(documents=60).documents("recall", "all")[:40]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "sotu_1024"])

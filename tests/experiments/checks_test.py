@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from cases import models
-from configs import quickstart_toy
+from configs import hymba_prune_twin, quickstart_toy
 from experiments import checks, settings
 from experiments.mistakes import is_mistake
 from hybridlm.data import pipeline, sources
@@ -77,6 +77,19 @@ VALUES = [
   ("plan.path='search'", ["plan.path='search'", "search.space is empty"]),
   ("schedule=({'targets': {'D': 17}},)", ["schedule: round 1", "D=17", "16"]),
   ("findings.seeds=0", ["findings.seeds=0"]),
+  ("model.window=0", ["model: ", "window=0"]),
+  ("model.meta=-1", ["model: ", "meta=-1"]),
+  ("model.rope=0.0", ["model: ", "base=0.0"]),
+  ("model.global_layers=(3,)", ["model: ", "global_layers names layer 3"]),
+  ("model.ssm='mamba1'", ["model: ", "nothing in it uses 'ssm'"]),
+  ("assess.recall=('main',)", ["assess.recall=('main',)", "no source of kind 'recall'"]),
+  ("assess.steps=0", ["assess.steps=0"]),
+]
+PARALLEL = [
+  ("model.U=9", ["model: ", "ssm has G·H·P=48 channels", "Y=54"]),
+  ("model.kv_groups=((0, 1),)", ["model: ", "layer 0 is global"]),
+  ("model.kv_groups=((1, 2), (2, 3))", ["model: ", "layer 3; with attention there are 3"]),
+  ("model.fusion='product'", ["model: ", "'product'", "mean, sum"]),
 ]
 
 
@@ -87,7 +100,10 @@ def grid(data=1):
 
 @pytest.mark.parametrize("change, words", VALUES)
 def test_a_value_that_no_run_can_use_is_refused_under_its_key(change, words, tmp_path):
-  c = quickstart_toy.get_config()
+  refused(quickstart_toy.get_config(), change, words, tmp_path)
+
+
+def refused(c, change, words, tmp_path):
   key, _, value = change.partition("=")
   *folders, name = key.split(".")
   tree = c
@@ -100,6 +116,11 @@ def test_a_value_that_no_run_can_use_is_refused_under_its_key(change, words, tmp
   assert is_mistake(caught.value) and "\n" not in str(caught.value)
   assert all(word in str(caught.value) for word in words), str(caught.value)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change, words", PARALLEL)
+def test_a_parallel_model_that_cannot_be_is_refused_under_its_key(change, words, tmp_path):
+  refused(hymba_prune_twin.get_config(), change, words, tmp_path)
 
 
 def test_a_search_without_a_bound_and_one_after_rounds_are_refused(tmp_path):
@@ -119,6 +140,8 @@ def test_heads_of_a_teacher_without_heads_are_refused():
   with pytest.raises(ValueError, match=r"findings.heads=\(2,\): .* '-\*' has no Mamba block"):
     checks.heads([2], models.make(pattern="-*"))
   checks.heads([], models.make(pattern="-*"))
+  with pytest.raises(ValueError, match=r"findings.heads=\(2,\): .* 'M-=' has parallel blocks"):
+    checks.heads([2], models.make(pattern="M-=", U=8))
 
 
 def corpus(tmp_path, sizes, tokenizer="bytes"):
