@@ -90,7 +90,7 @@ def prefill(
   x_BLD = weights["embed_VD"][token_BL]
   states, keys = [], None
   for block, leaves, prefix in _blocks(cfg, weights):
-    norm_BLD = norm.residual(cfg, leaves, x_BLD, None)
+    norm_BLD = _normed(cfg, leaves, x_BLD)
     if isinstance(block, Mlp):
       y_BLD, state = mlp.serve(block, leaves, norm_BLD), None
     elif isinstance(block, READERS):
@@ -116,7 +116,7 @@ def step(
   x_BLD = weights["embed_VD"][token_B][:, None]
   states, slots = [], None
   for state, (block, leaves, prefix) in zip(cache.blocks, _blocks(cfg, weights), strict=True):
-    norm_BLD = norm.residual(cfg, leaves, x_BLD, None)
+    norm_BLD = _normed(cfg, leaves, x_BLD)
     if isinstance(block, Mlp):
       y_BLD = mlp.serve(block, leaves, norm_BLD)
     elif isinstance(block, READERS):
@@ -127,6 +127,12 @@ def step(
     x_BLD = x_BLD + y_BLD
     states.append(state)
   return _logits(cfg, weights, x_BLD), Cache(tuple(states), cache.length_B + 1)
+
+
+def _normed(cfg, leaves, x_BLD):
+  """Returns the normed residual stream; a block's other leaves may lie in folders of branches."""
+  own = {name: leaves[name] for name in NORMS if name in leaves}
+  return norm.residual(cfg, own, x_BLD, None)
 
 
 def _logits(cfg, weights, x_BLD):

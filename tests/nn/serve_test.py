@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import hybridlm
-from cases import models
+from cases import mixed, models
 from hybridlm.config import Llama3Scaling, Rope
+from hybridlm.nn import cache as caches
 from hybridlm.nn import serve
 from hybridlm.ops.conv import causal_conv, causal_conv_step
 from hybridlm.ops.ssd import step as recurrence
@@ -35,6 +36,15 @@ CUT = {
   }),
   "swiglu, cut": ("swiglu", {"G": 1, "N": 2, "E": 4, "K": 1, "F": 13, "X": (0, 2, 3, 4)}),
 }
+# Attention and SSM side by side, windows, shared keys, meta tokens: the ready configs by name.
+GROUPS = {"global_layers": (0,), "kv_groups": ((1, 2),)}
+SIDE_BY_SIDE = {
+  "hymba": lambda: models.hymba("mamba2", pattern="===", **GROUPS),
+  "hymba of mamba-1": lambda: models.hymba("mamba1", pattern="===", **GROUPS),
+  "every form": mixed.make,
+  "shared keys, no meta tokens": lambda: models.make(
+    pattern="***", window=9, U=7, kv_groups=((0, 1),), rope=SCALED),
+}
 prefill = jax.jit(serve.prefill, static_argnames=("cfg", "size"))
 step = jax.jit(serve.step, static_argnames="cfg")
 fuse = jax.jit(serve.fuse, static_argnames="cfg")
@@ -50,17 +60,17 @@ def case(name):
     cfg, params = cutting.cut(whole, tree, models.plan(whole, tree, sizes))
     token_BL = models.tokens(cfg, (len(LENGTHS), TOTAL))
     return cfg, params, fuse(cfg, params), token_BL, hybridlm.forward(cfg, params, token_BL)
-  fields = dict(CASES[name])
-  variant = fields.pop("variant", "untied")
-  dropped = () if "M" in fields.get("pattern", models.PATTERN) else ("conv_bias",)
-  cfg = make(variant, dropped, fields)
-  params = models.params(cfg, 5.0)
+  cfg = SIDE_BY_SIDE[name]() if name in SIDE_BY_SIDE else plain(name)
+  params = mixed.params(cfg) if name in SIDE_BY_SIDE else models.params(cfg, 5.0)
   token_BL = models.tokens(cfg, (len(LENGTHS), TOTAL))
   return cfg, params, fuse(cfg, params), token_BL, hybridlm.forward(cfg, params, token_BL)
 
 
-def make(variant, dropped, fields):
+def plain(name):
   """Returns a variant's config without the fields that no block of its pattern has."""
+  fields = dict(CASES[name])
+  variant = fields.pop("variant", "untied")
+  dropped = () if "M" in fields.get("pattern", models.PATTERN) else ("conv_bias",)
   kept = {key: value for key, value in models.VARIANTS[variant].items() if key not in dropped}
   used = fields.pop("pattern", models.PATTERN)
   return models.make("untied", pattern=used, **(kept | fields))
@@ -72,7 +82,7 @@ def error(got_BV, want_BV):
   return models.error(jnp.where(real, got_BV, 0), jnp.where(real, want_BV, 0))
 
 
-@pytest.mark.parametrize("name", [*CASES, *CUT])
+@pytest.mark.parametrize("name", [*CASES, *CUT, *SIDE_BY_SIDE])
 def test_prefill_and_steps_of_a_ragged_batch_are_the_forward_pass(name):
   cfg, _, fused, token_BL, want_BLV = case(name)
   length_B, rows_B = np.array(LENGTHS), np.arange(len(LENGTHS))
@@ -84,7 +94,7 @@ def test_prefill_and_steps_of_a_ragged_batch_are_the_forward_pass(name):
   np.testing.assert_array_equal(cache.length_B, length_B + TOTAL - max(LENGTHS))
 
 
-@pytest.mark.parametrize("name", ["untied", "layernorm"])
+@pytest.mark.parametrize("name", ["untied", "layernorm", *SIDE_BY_SIDE])
 def test_padding_changes_no_state_and_no_logit(name):
   cfg, _, fused, token_BL, _ = case(name)
   token_BL, length_B = token_BL[:, : max(LENGTHS)], np.array(LENGTHS)
@@ -95,7 +105,7 @@ def test_padding_changes_no_state_and_no_logit(name):
     np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "layernorm", "no state"])
+@pytest.mark.parametrize("name", ["swiglu", "layernorm", "no state", *SIDE_BY_SIDE])
 def test_the_state_after_prefill_is_that_of_steps_from_nothing(name):
   cfg, _, fused, token_BL, _ = case(name)
   length_B = np.full(len(LENGTHS), 11)
@@ -105,6 +115,23 @@ def test_the_state_after_prefill_is_that_of_steps_from_nothing(name):
     _, got = step(cfg, fused, got, token_BL[:, position])
   for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_a_cache_holds_no_slot_twice_and_what_meta_tokens_leave_once(name):
+  cfg, _, fused, token_BL, _ = case(name)
+  _, cache = prefill(cfg, fused, token_BL[:, : max(LENGTHS)], np.array(LENGTHS), size=TOTAL)
+  held, want = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (
+    (cache.blocks, fused.get("prefixes", {})),
+    (caches.empty(cfg, len(LENGTHS), TOTAL).blocks, caches.before(cfg)),
+  ))
+  assert held == want
+  assert caches.nbytes(cfg, len(LENGTHS), TOTAL) == hybridlm.cost(
+    cfg, batch=len(LENGTHS), context=TOTAL).state_bytes
+  shared = [index for index, owner in enumerate(cfg.owners) if owner not in (None, index)]
+  assert shared and not any(
+    isinstance(part, caches.AttentionState)
+    for index in shared for part in (cache.blocks[index], *(cache.blocks[index] or ())))
 
 
 def test_a_ring_of_the_window_is_as_good_as_a_cache_of_all_positions():
