@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hybridlm
-from cases import models
+from cases import mixed, models
 from hybridlm import config
 from hybridlm.config import PRESETS
 from hybridlm.nn import cache
@@ -42,6 +42,40 @@ def test_blocks_of_any_sizes_cost_their_tree_and_their_cache(seed):
       kind = next(k for k in (name.split("_")[0], "kv") if k in held)
       held[kind] += leaf.nbytes
   assert (found.kv_bytes, found.conv_bytes, found.ssm_bytes) == tuple(held.values())
+
+
+def sides():
+  """Returns models with attention and SSM side by side, by name."""
+  return {
+    "mamba2": models.hymba("mamba2", dtype="bfloat16"), "mamba1": models.hymba("mamba1"),
+    "every form": mixed.make(norm="layernorm1p"), "no meta tokens": mixed.make(meta=0, tied=True),
+  }
+
+
+@pytest.mark.parametrize("name", sides())
+@pytest.mark.parametrize("context, batch", [(3, 2), (29, 1)])
+def test_blocks_side_by_side_cost_their_tree_and_their_cache(name, context, batch):
+  cfg = sides()[name]
+  found = hybridlm.cost(cfg, context=context, batch=batch)
+  assert found.parameters == config.parameters(cfg)
+  assert found.state_bytes == cache.nbytes(cfg, batch, context)
+  once = jax.tree.leaves(jax.eval_shape(lambda: cache.before(cfg)))
+  assert found.meta_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in once)
+  assert (found.meta_bytes > 0) == (cfg.meta > 0)
+  more = hybridlm.cost(cfg, context=context, batch=3 * batch)
+  assert more.meta_bytes == found.meta_bytes
+  assert more.state_bytes - more.meta_bytes == 3 * (found.state_bytes - found.meta_bytes)
+
+
+def test_keys_that_blocks_share_are_held_once():
+  options = {"pattern": "***", "window": 100, "U": 7}
+  alone, shared = (
+    hybridlm.cost(models.make(**options, kv_groups=groups), context=300)
+    for groups in ((), ((0, 1, 2),)))
+  assert alone.kv_bytes == 3 * shared.kv_bytes == 3 * 2 * (10 + 7) * 100 * 4
+  assert alone.parameters - shared.parameters == 2 * 16 * 2 * (10 + 7)
+  # Sharing saves projections, and no attention.
+  assert alone.decode_flops - shared.decode_flops == 2 * (alone.parameters - shared.parameters)
 
 
 @pytest.mark.parametrize("name, parameters", [
@@ -118,6 +152,34 @@ def test_a_block_without_its_ssm_computes_its_projections_and_convolution_alone(
   want = 2 * (3 * 16 * inner + 4 * inner + 16 * 31)
   assert hybridlm.cost(cfg).prefill_flops == hybridlm.cost(cfg).decode_flops == want
   assert hybridlm.cost(cfg).ssm_bytes == 0 and hybridlm.cost(cfg).conv_bytes == 3 * inner * 4
+
+
+def test_a_parallel_block_computes_both_branches_and_one_projection():
+  options = {"V": 31, "D": 16, "chunk": 8}
+  block = models.make(pattern="=", U=8).blocks[0]
+  cfg = config.ModelConfig(blocks=(block,), **options)
+  parts = [hybridlm.cost(config.ModelConfig(blocks=(part,), **options), context=50)
+           for part in (block.attention, block.ssm)]
+  head, projection = 2 * 16 * 31, 2 * 48 * 16
+  found = hybridlm.cost(cfg, context=50)
+  for name in ("prefill_flops", "decode_flops"):
+    want = sum(getattr(part, name) for part in parts) - head - projection
+    assert getattr(found, name) == want
+
+
+def test_meta_tokens_cost_a_token_of_text_the_attention_to_them():
+  near, far = (
+    hybridlm.cost(models.make(pattern="*", U=7, window=20, meta=meta), context=50)
+    for meta in (0, 9))
+  for name in ("prefill_flops", "decode_flops"):
+    assert getattr(far, name) - getattr(near, name) == 9 * 2 * 2 * 3 * (10 + 7)
+
+
+def test_flops_of_mamba1_are_its_products_and_seven_a_state():
+  cfg = models.make(pattern="S", H=48, R=7)
+  products = 16 * 48 * 3 + 48 * (7 + 2 * 5) + 7 * 48 + 16 * 31
+  want = 2 * products + 2 * 4 * 48 + 7 * 48 * 5
+  assert hybridlm.cost(cfg).decode_flops == want
 
 
 def test_equal_blocks_are_told_by_value():
