@@ -125,7 +125,7 @@ def test_the_scan_runs_in_float64_when_its_inputs_do():
     wide = {name: jnp.asarray(v, None if name == "segment_BL" else jnp.float64)
             for name, v in case.items()}
     want = cases.recurrence(**{name: np.asarray(v) for name, v in wide.items()})
-    for scan in SCANS:
+    for scan in ("steps", "tree"):
       for got, v in zip(jax.jit(SCANS[scan])(**wide), want, strict=True):
         close(got, v, 1e-13)
 
