@@ -132,6 +132,12 @@ LOSSES = {"kl": _kl, "mse": _mse, "greedy": _kl, "window": _kl}
 
 
 @functools.lru_cache(maxsize=16)
+def _whole(hidden: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns the program of the whole model, one for all that is measured against it."""
+  return jax.jit(hidden)
+
+
+@functools.lru_cache(maxsize=16)
 def losses(
   cfg: ModelConfig, hidden: Hidden, name: str
 ) -> Callable[[Any, Mapping[str, Any]], Lost]:
@@ -140,7 +146,7 @@ def losses(
   Where blocks have two branches, `lost` takes `attention_X` and `ssm_X` too, as `damped` does. One
   program serves every choice. Divided by L, sums of rows over their weights are means a token.
   """
-  whole = jax.jit(hidden)
+  whole = _whole(hidden)
   branched = any(map(_writes, cfg.blocks))
 
   @jax.jit
@@ -169,7 +175,7 @@ def tokens(cfg: ModelConfig, hidden: Callable[..., Any]) -> Callable[..., dict[s
   The KL of the logits, as of blocks. `hidden` takes what stays (`prune.cut.mask`) as a third
   argument; one program serves all tokens.
   """
-  whole = jax.jit(hidden)
+  whole = _whole(hidden)
 
   @jax.jit
   def program(params, stay_M, batch, full):
