@@ -27,6 +27,8 @@ def _linear(progress):
   return 1 - progress
 
 
+# First words of projections, also of those inside a Mamba-1 mixer, and of embeddings.
+DECAYED = ("w", "in", "meta")
 # How the rate falls from its peak (1) to its floor (0) over the decay.
 SHAPES: Mapping[str, Callable] = {"cosine": _cosine, "wsd": _linear}
 
@@ -85,7 +87,7 @@ def decays(name: str) -> bool:
   Gains, biases, A_log, D (`skip`) and dt_bias are left alone.
   """
   words = axes.stem(name).split("_")
-  return words[0] == "w" or (words[0] == "conv" and "bias" not in words)
+  return words[0] in DECAYED or (words[0] == "conv" and "bias" not in words)
 
 
 def decay_mask(params: Any) -> Any:

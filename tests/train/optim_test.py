@@ -75,7 +75,7 @@ def test_an_impossible_optimiser_is_refused_by_value(change, message):
 
 def test_weight_decay_spares_gains_biases_and_the_scan_s_own_parameters():
   cfg = config.ModelConfig.from_pattern(
-    "M-*", V=31, D=16, F=24, K=2, J=3, E=10, G=2, H=4, P=6, N=5, W=4, bias=True,
+    "M-*S", V=31, D=16, F=24, K=2, J=3, E=10, G=2, H=4, P=6, N=5, W=4, R=7, bias=True, meta=9,
     norm="layernorm1p", activation="swiglu",
   )
   mask = optim.decay_mask(config.leaf_names(cfg))
@@ -83,11 +83,13 @@ def test_weight_decay_spares_gains_biases_and_the_scan_s_own_parameters():
   spared = {path[-1].key for path, yes in jax.tree_util.tree_leaves_with_path(mask) if not yes}
   assert spared == set(
     "norm_gain_D norm_bias_D conv_bias_x_GHP conv_bias_b_GN conv_bias_c_GN dt_bias_GH a_log_GH "
-    "skip_GH gate_gain_GHP b_up_F b_gate_F b_down_D b_q_KJE b_k_KE b_v_KE b_o_D".split()
+    "skip_GH gate_gain_GHP b_up_F b_gate_F b_down_D b_q_KJE b_k_KE b_v_KE b_o_D a_log_GHN "
+    "rank_gain_R b_gain_GN c_gain_GN".split()
   )
   assert decayed == set(
     "w_embed_VD w_head_DV w_z_DGHP w_x_DGHP w_b_DGN w_c_DGN w_dt_DGH w_out_GHPD conv_x_WGHP "
-    "conv_b_WGN conv_c_WGN w_q_DKJE w_k_DKE w_v_DKE w_o_KJED w_up_DF w_gate_DF w_down_FD".split()
+    "conv_b_WGN conv_c_WGN w_q_DKJE w_k_DKE w_v_DKE w_o_KJED w_up_DF w_gate_DF w_down_FD "
+    "in_rank_GHPR in_b_GHPN in_c_GHPN in_dt_RGH meta_MD".split()
   )
 
 
