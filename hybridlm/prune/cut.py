@@ -37,7 +37,7 @@ STAYS: Mapping[type, tuple[str, ...]] = {
 QUERIES = ("w_q_DKJE", "b_q_KJE")
 
 
-def keep_axis(w: Any, w_axes: str, keep: Any, keep_axes: str) -> jax.Array:
+def keep_axis(w: Any, w_axes: str, keep: Any, keep_axes: str) -> Any:
   """Returns `w` with only the entries `keep` of axis `keep_axes[-1]`.
 
   The entries may vary along the other letters of `keep_axes`: `keep_GH` is one choice of H for
@@ -50,9 +50,10 @@ def keep_axis(w: Any, w_axes: str, keep: Any, keep_axes: str) -> jax.Array:
     keep_axes: letters of `keep`.
   """
   axis, keep = w_axes.index(keep_axes[-1]), np.asarray(keep)
+  where = np if isinstance(w, np.ndarray) else jnp  # what is in the host's memory stays there
   if len(keep_axes) == 1:
-    return jnp.take(w, keep, axis=axis)
-  return jnp.take_along_axis(jnp.asarray(w), _spread(keep, keep_axes, w_axes), axis=axis)
+    return where.take(w, keep, axis=axis)
+  return where.take_along_axis(w, _spread(keep, keep_axes, w_axes), axis=axis)
 
 
 def _spread(array: Any, letters: str, w_axes: str) -> Any:
@@ -125,7 +126,7 @@ def as_rounded(
   return {**params, "blocks": blocks}
 
 
-def _scaled(leaf: jax.Array, scale: np.float32) -> jax.Array:
+def _scaled(leaf: Any, scale: np.float32) -> Any:
   return (leaf.astype(jnp.float32) * scale).astype(leaf.dtype)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hybridlm
-from hybridlm import axes
+from hybridlm import axes, config
 from hybridlm.config import KINDS, Fusion, Mamba1, Parallel, Rope, attention_of, ssm_of
 from hybridlm.nn.lm import HybridLM
 from hybridlm.prune import cut
@@ -81,6 +81,21 @@ def params(cfg, scale=1.0, seed=0):
     return leaf * scale if name.startswith("w_") else leaf
 
   return jax.tree_util.tree_map_with_path(change, drawn(cfg, seed))
+
+
+def numbers(cfg, scale=0.1, seed=0):
+  """Returns random parameters in the host's memory, gains and biases too: nothing is compiled."""
+  rng = np.random.default_rng(seed)
+  ranges = {"skip": (0.5, 1.5), "a_log": (0.0, 1.0), "dt_bias": (-2.0, 0.0)}
+
+  def draw(name, shape):
+    low_high = (0.5, 1.5) if "gain" in name else ranges.get(axes.stem(name))
+    drawn = rng.uniform(*low_high, shape) if low_high else rng.normal(0, scale, shape)
+    return drawn.astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(
+    lambda path, shape: draw(path[-1].key, shape), config.shapes(cfg),
+    is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 class Leaves(HybridLM):

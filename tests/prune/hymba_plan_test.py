@@ -28,9 +28,7 @@ LONG = "=-=-=-=--="
 
 def placed(cfg):
   """Returns random leaves; each channel that meets, in either branch, is its place's number."""
-  rng = np.random.default_rng(0)
-  tree = jax.tree.map(lambda shape: rng.normal(size=shape).astype(np.float32), config.shapes(cfg),
-                      is_leaf=lambda leaf: isinstance(leaf, tuple))
+  tree = models.numbers(cfg)
   for index, block in enumerate(cfg.blocks):
     if isinstance(block, Parallel):
       folder = tree["blocks"][f"{index:02d}"]
@@ -106,7 +104,7 @@ def test_masks_of_any_plan_have_one_structure_and_zero_all_that_goes():
   plans = [models.plan(cfg, params, sizes) for sizes in ({}, ALL, {1: {"K": 0}})]
   trees = [cutting.stays(plan) for plan in plans]
   assert len({jax.tree.structure(tree) for tree in trees}) == 1
-  masked, kept = cutting.mask_by(cfg, params, trees[1])
+  masked, kept = cutting.mask(cfg, params, plans[1])
   small = cutting.cut(cfg, params, plans[1])[1]
   assert kept["stay_M"].sum() == 4
   for index, old in enumerate(plans[1].blocks):
@@ -305,7 +303,7 @@ def test_a_floor_of_readers_takes_what_they_read_too_and_a_window_goes_around_th
 
 def test_a_plan_of_a_model_with_other_meta_tokens_is_refused():
   cfg, other = models.hymba(pattern="=-"), models.hymba(pattern="=-", meta=8)
-  params = models.params(cfg)
+  params = models.numbers(cfg)
   plan = Plan(other, tree_hash(params), {})
   with pytest.raises(ValueError, match="model of other sizes"):
     cutting.cut(cfg, params, plan)

@@ -44,9 +44,9 @@ ALONE = {
 }
 
 
-def errors(cfg, sizes, scale=5.0):
+def errors(cfg, sizes):
   """Returns how far apart masked and cut logits of packed rows are, and cut and the parent's."""
-  params = models.params(cfg, scale)
+  params = models.numbers(cfg)
   plan, whole = models.plan(cfg, params, sizes), Plan(cfg, tree_hash(params), {})
   segment_BL = models.batches(cfg, 1)[0]["segment_BL"]
   got, want = models.both(cfg, params, plan, segment_BL=segment_BL, shape=segment_BL.shape)
