@@ -12,7 +12,7 @@ import tqdm
 
 from experiments import report
 from hybridlm import api
-from hybridlm.config import Attention, ModelConfig
+from hybridlm.config import ModelConfig, attention_of
 from hybridlm.data import gguf, packing, sources, tokenizers
 from hybridlm.eval import choice, lm, prompts, recall, targets
 
@@ -244,10 +244,11 @@ def positions(cfg: ModelConfig, length: int, place: str) -> None:
   Raises:
     ValueError: a model with attention, and more than its context.
   """
-  attends = any(isinstance(block, Attention) for block in cfg.blocks)
-  if attends and cfg.context is not None and length > cfg.context:
-    raise ValueError(f"{place}: {length} positions are more than the context of {cfg.context} "
-                     "that this model with attention was made for")
+  attends = any(attention_of(block) is not None for block in cfg.blocks)
+  if attends and cfg.context is not None and cfg.meta + length > cfg.context:
+    meta = f"behind {cfg.meta} meta tokens " if cfg.meta else ""
+    raise ValueError(f"{place}: {length} positions {meta}are more than the context of "
+                     f"{cfg.context} that this model with attention was made for")
 
 
 def _score(subject: Subject) -> targets.Score:

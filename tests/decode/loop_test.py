@@ -17,9 +17,13 @@ LENGTHS = np.array([5, 13, 9])
 STEPS = 20
 
 
+def hymba():
+  return models.hymba("mamba2", pattern="==", global_layers=(0,), context=70)
+
+
 @functools.cache
 def case(variant="layernorm", pattern=models.PATTERN, **changes):
-  cfg = models.make(variant, pattern=pattern, **changes)
+  cfg = hymba() if variant == "hymba" else models.make(variant, pattern=pattern, **changes)
   params = models.params(cfg, 5.0)
   fused = jax.jit(serve.fuse, static_argnames="cfg")(cfg, params)
   return cfg, params, fused, np.asarray(models.tokens(cfg, (3, 13)))
@@ -30,7 +34,7 @@ def generate(cfg, fused, prompt_BL, **options):
   return loop.generate(serve.prefill, serve.step, cfg, fused, prompt_BL, **options)
 
 
-@pytest.mark.parametrize("variant", ["untied", "layernorm"])
+@pytest.mark.parametrize("variant", ["untied", "layernorm", "hymba"])
 def test_greedy_tokens_are_the_largest_logits_of_repeated_forward_passes(variant):
   cfg, params, fused, prompt_BL = case(variant)
   got_BL = generate(cfg, fused, prompt_BL, length_B=LENGTHS)
@@ -165,6 +169,9 @@ def test_a_prompt_beyond_the_context_of_attention_is_refused_and_not_of_a_pure_s
   with pytest.raises(ValueError, match="13 tokens and 8 new ones do not fit the context of 20"):
     generate(cfg, fused, prompt_BL, steps=8)
   assert generate(cfg, fused, prompt_BL, steps=7).shape == (1, 7)
+  cfg, _, fused, _ = case("hymba")
+  with pytest.raises(ValueError, match="49 new ones behind 9 meta tokens do not fit"):
+    generate(cfg, fused, prompt_BL, steps=49)
   cfg, _, fused, _ = case("untied", "M", context=20)
   assert generate(cfg, fused, prompt_BL, steps=8).shape == (1, 8)
 

@@ -179,6 +179,18 @@ def test_bfloat16_decoding_stays_near_the_bfloat16_forward_pass():
   assert 0 < error(logits_BV, want_BLV[:, 13]) < 0.03
 
 
+def test_bfloat16_decoding_of_parallel_blocks_stays_near_the_forward_pass():
+  cfg, params, _, token_BL, exact_BLV = case("hymba of mamba-1")
+  cfg = cfg.replace(dtype="bfloat16")
+  want_BLV, fused = hybridlm.forward(cfg, params, token_BL), fuse(cfg, params)
+  logits_BV, cache = prefill(cfg, fused, token_BL[:, :13], np.array([13] * 3), size=TOTAL)
+  assert error(logits_BV, want_BLV[:, 12]) < 0.03 and error(want_BLV, exact_BLV) < 0.1
+  held = {leaf.dtype for leaf in jax.tree.leaves(cache.blocks)}
+  assert held == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+  logits_BV, _ = step(cfg, fused, cache, token_BL[:, 13])
+  assert 0 < error(logits_BV, want_BLV[:, 13]) < 0.03
+
+
 def test_the_step_size_is_clipped_in_decoding_as_in_the_forward_pass():
   cfg, _, fused, token_BL, want_BLV = case("one group, no window")
   free = cfg.replace(blocks=tuple(
