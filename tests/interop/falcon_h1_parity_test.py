@@ -126,8 +126,10 @@ def test_greedy_tokens_of_a_random_falcon_are_those_of_transformers(seed, tmp_pa
     min_new_tokens=STEPS, eos_token_id=None, pad_token_id=0,
     attention_mask=torch.ones(prompt_BL.shape, dtype=torch.long),
   )
-  got_BL = hybridlm.generate(cfg, params, prompt_BL, steps=STEPS)
-  np.testing.assert_array_equal(np.asarray(got_BL), want_BL[:, prompt_BL.shape[1] :].numpy())
+  got_BL = np.asarray(hybridlm.generate(cfg, params, prompt_BL, steps=STEPS))
+  np.testing.assert_array_equal(got_BL, want_BL[:, prompt_BL.shape[1] :].numpy())
+  # Rows that repeat one token would agree too easily.
+  assert np.mean([len(set(row)) for row in got_BL.tolist()]) > 3
 
 
 @pytest.mark.parametrize("stems", [("w_b_", "conv_bias_b_"), ("w_v_", "b_v_"), ("w_z_",)])

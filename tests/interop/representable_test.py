@@ -48,6 +48,9 @@ REASONS = {
   "rmsnorm": ("nemotron", models.make(**LLAMA), "has norm='rmsnorm'"),
   "side window": ("falcon_h1", falcon(window=5), r"block 0 has attention.window=5, the class only"),
   "turned": ("falcon_h1", falcon(rope=Rope(rotary=4)), "block 0 turns 4 of 10 channels, the class"),
+  "pairs": (
+    "falcon_h1", falcon(E=6, rope=Rope(rotary=6, frequency=(1.0, 0.5, 0.1))), "block 0 keeps 3 p",
+  ),
   "unturned": ("falcon_h1", falcon(rope=None), "block 2 has no rotary positions"),
   "no MLP": ("falcon_h1", falcon(pattern="=-=", rope=Rope()), "'=-=' is not pairs of = and -"),
   "side heads": ("falcon_h1", unequal(falcon(), 2, H=3), "blocks 0 and 2 differ in ssm.H: 4 ag"),
