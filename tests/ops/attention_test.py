@@ -266,6 +266,42 @@ def test_no_rotary_channels_leave_the_input_and_bfloat16_stays_bfloat16():
   assert rotate(x_BLKE, jnp.arange(S), base=10.0, rotary=10).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("window", [5, pytest.param(None, marks=pytest.mark.slow)])
+def test_keys_of_a_prefix_are_seen_from_everywhere_and_values_have_a_width_of_their_own(window):
+  rng = np.random.default_rng(4)
+  q_BLKJE, k_BLKE, _, segment_BL = make(keys=L)
+  v_BLKU, before_MKE, value_MKU, bar = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32)
+    for shape in ((B, L, K, 7), (6, K, E), (6, K, 7), (B, L, K, J, 7)))
+  stay_M, own_BL = np.array([1, 0, 1, 1, 1, 0], bool), np.asarray(segment_BL)
+
+  def by_blocks(q_BLKJE, k_BLKE, v_BLKU, before_MKE, value_MKU):
+    prefix = attention_blocks.Prefix(before_MKE[None], value_MKU[None], stay_M[None])
+    return attend(q_BLKJE, k_BLKE, v_BLKU, segment_BL=segment_BL, prefix=prefix, window=window,
+                  block=8)
+
+  def dense(q_BLKJE, k_BLKE, v_BLKU, before_MKE, value_MKU):
+    behind_LS = np.arange(L)[:, None] - np.arange(L)
+    seen_BLS = (behind_LS >= 0) & (behind_LS < (window or L))
+    seen_BLS = seen_BLS & (own_BL[:, :, None] == own_BL[:, None])
+    seen_BLS = np.concatenate([np.broadcast_to(stay_M, (B, L, 6)), seen_BLS], axis=2)
+    keys, values = (
+      jnp.concatenate([jnp.broadcast_to(first, (B, *first.shape)), rest], axis=1)
+      for first, rest in ((before_MKE, k_BLKE), (value_MKU, v_BLKU)))
+    logit = jnp.einsum("blkje,bske->bkjls", q_BLKJE, keys) * E**-0.5
+    weight = jax.nn.softmax(jnp.where(seen_BLS[:, None, None], logit, -jnp.inf))
+    return jnp.einsum("bkjls,bsku->blkju", weight, values)
+
+  @jax.jit
+  def both(*arrays):
+    pairs = (jax.vjp(run, *arrays) for run in (by_blocks, dense))
+    return [(out, back(bar)) for out, back in pairs]
+
+  got, want = both(q_BLKJE, k_BLKE, v_BLKU, before_MKE, value_MKU)
+  for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
 ONES = np.ones
 BAD = {
   "name": ({"impl": "fast"}, "attention 'fast' is not one of xla, cudnn, splash"),
@@ -276,6 +312,18 @@ BAD = {
   "heads": ({"k_BSKE": ONES((2, 37, 3, 10))}, r"k_BSKE has shape .* ask for \(2, 37, 2, 10\)"),
   "values": ({"v_BSKU": ONES((2, 37, 3, 10))}, "v_BSKU has shape"),
   "axes": ({"q_BLKJE": ONES((2, 37, 6, 10))}, "must have axes BLKJE"),
+  "prefix": (
+    {"prefix": attention_blocks.Prefix(ONES((1, 4, 2, 9)), ONES((1, 4, 2, 10)))},
+    r"k_BMKE of a prefix has shape .* ask for \(1, 4, 2, 10\)",
+  ),
+  "kernel's prefix": (
+    {"impl": "splash", "prefix": attention_blocks.Prefix(ONES((1, 4, 2, 10)), ONES((1, 4, 2, 10)))},
+    "attention 'splash' cannot express a prefix",
+  ),
+  "kernel's values": (
+    {"impl": "cudnn", "v_BSKU": ONES((2, 37, 2, 9))},
+    "attention 'cudnn' cannot express values of width 9 and keys of 10",
+  ),
   "nothing": ({"q_BLKJE": ONES((2, 0, 2, 3, 10))}, "0 queries cannot be the last of 37"),
   "too few keys": ({"q_BLKJE": ONES((2, 38, 2, 3, 10))}, "38 queries cannot be the last of 37"),
   "segments": ({"segment_BL": ONES((2, 36), np.int32)}, "segment_BL has shape"),
