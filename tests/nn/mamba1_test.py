@@ -55,7 +55,7 @@ def norm_64(v_R, leaves, gain, eps):
 
 
 def stepped(cfg, leaves, x_LD):
-  """Returns the mixer's output of one row in float64, token by token, from the formulas."""
+  """Returns output and last state of one row in float64, token by token, from the formulas."""
   block, leaves = cfg.blocks[0], {k: np.asarray(v, np.float64) for k, v in leaves.items()}
   flat = {name: leaves[name].reshape(-1, leaves[name].shape[-1])
           for name in ("in_rank_GHPR", "in_b_GHPN", "in_c_GHPN", "w_out_GHPD", "a_log_GHN")}
@@ -76,15 +76,18 @@ def stepped(cfg, leaves, x_LD):
     state_HN = decay_HN * state_HN + np.outer(dt_H * u_H, b_N)
     y_H = state_HN @ c_N + leaves["skip_GH"][0] * u_H
     y_LD.append((y_H * z_H / (1 + np.exp(-z_H))) @ flat["w_out_GHPD"])
-  return np.stack(y_LD)
+  return np.stack(y_LD), state_HN
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_mixer_is_its_formulas_token_by_token(name):
   cfg = CONFIGS[name]
   leaves, x_BLD = params(cfg)["blocks"]["00"], inputs(cfg)
-  y_BLD, _ = mix(cfg)(leaves, x_BLD)
-  assert models.error(y_BLD, np.stack([stepped(cfg, leaves, x_LD) for x_LD in x_BLD])) < TOLERANCE
+  y_BLD, seen = mix(cfg)(leaves, x_BLD)
+  for x_LD, y_LD, state_GHN in zip(x_BLD, y_BLD, seen["state_BGHN"], strict=True):
+    want_LD, want_HN = stepped(cfg, leaves, x_LD)
+    assert models.error(y_LD, want_LD) < TOLERANCE
+    assert models.error(state_GHN[0], want_HN) < TOLERANCE
 
 
 def test_rates_and_steps_begin_as_the_paper_has_them():
@@ -107,7 +110,7 @@ def test_packed_documents_and_those_alone_begin_with_what_was_before_them():
     packed_BLD, found = mix(CFG)(leaves, x_BLD, segment_BL, None, prefix)
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
       whole_BLD = jnp.concatenate([meta_BMD, x_BLD[:, start:stop]], axis=1)
-      want_LD = stepped(CFG, leaves, whole_BLD[0])[meta:]
+      want_LD = stepped(CFG, leaves, whole_BLD[0])[0][meta:]
       assert models.error(packed_BLD[0, start:stop], want_LD) < TOLERANCE
     # One document a row needs no ids.
     alone_BLD, last = mix(CFG)(leaves, x_BLD[:, 20:], None, None, prefix)
