@@ -17,24 +17,24 @@ from hybridlm.config import (
 )
 
 ROPE = Rope(base=50.0, rotary=4)
-SIZES = {"K": 2, "J": 3, "E": 10, "window": 5, "rope": ROPE}
+HEADS = {"K": 2, "J": 3, "E": 10, "U": 7, "window": 5, "rope": ROPE}
+MIXER = {"G": 2, "H": 4, "P": 6, "N": 5}
 BLOCKS = (
-  Attention(**SIZES, bias=True, U=7),
-  Mlp(F=24),
-  # A sum whose attention reads keys of the first block.
-  Parallel(Attention(**SIZES, U=7, shared=True), Mamba(G=2, H=4, P=6, N=5), Fusion("sum")),
-  Attention(**SIZES, U=7, shared=True),
-  # Means of one branch alone.
-  Parallel(None, Mamba1(H=21, N=5, R=7, norms=False), Fusion("mean", 21)),
-  Parallel(Attention(K=2, J=3, E=10), None, Fusion("mean", 60)),
   # Branches of other widths, which share some of the channels where they meet.
   Parallel(
-    Attention(K=2, J=1, E=10, U=9, shared=False, bias=True, rope=ROPE),
-    GatedConv(G=2, H=2, P=6, W=3, gate="none"),
-    Fusion("mean", 29, ((0, 12), (23, 29)), ((5, 29),)),
+    Attention(**HEADS, bias=True), Mamba(**MIXER, gate="none"),
+    Fusion("mean", 55, ((0, 30), (40, 52)), ((5, 46), (48, 55))),
   ),
-  Mamba(G=2, H=4, P=6, N=5, gate="before", conv_bias=False),
-  Mamba1(H=33, N=4, R=3, W=2),
+  Mlp(F=24),
+  # Two more that read the keys of the first.
+  Parallel(Attention(**HEADS, shared=True), Mamba(**MIXER), Fusion("sum")),
+  Attention(**HEADS, shared=True, bias=True),
+  Parallel(Attention(K=1, J=3, E=7), Mamba1(H=21, N=5, R=7), Fusion("mean", 21)),
+  # One branch alone.
+  Parallel(Attention(K=2, J=2, E=10, U=4, rope=ROPE), None, Fusion("mean", 16)),
+  Parallel(None, GatedConv(G=2, H=2, P=6, W=3, gate="none"), Fusion("mean", 24)),
+  Mamba(**MIXER, gate="before", conv_bias=False),
+  Mamba1(H=33, N=4, R=3, W=2, norms=False),
 )
 
 

@@ -36,15 +36,17 @@ CUT = {
   }),
   "swiglu, cut": ("swiglu", {"G": 1, "N": 2, "E": 4, "K": 1, "F": 13, "X": (0, 2, 3, 4)}),
 }
-# Attention and SSM side by side, windows, shared keys, meta tokens: the ready configs by name.
+# Attention and SSM side by side, windows, shared keys, meta tokens: configs by name.
 GROUPS = {"global_layers": (0,), "kv_groups": ((1, 2),)}
 SIDE_BY_SIDE = {
-  "hymba": lambda: models.hymba("mamba2", pattern="===", **GROUPS),
-  "hymba of mamba-1": lambda: models.hymba("mamba1", pattern="===", **GROUPS),
   "every form": mixed.make,
   "shared keys, no meta tokens": lambda: models.make(
     pattern="***", window=9, U=7, kv_groups=((0, 1),), rope=SCALED),
+  "hymba": lambda: models.hymba("mamba2", pattern="===", **GROUPS),
+  "hymba of mamba-1": lambda: models.hymba("mamba1", pattern="===", **GROUPS),
 }
+SIDES = [pytest.param(name, marks=pytest.mark.slow if name.startswith("hymba") else ())
+         for name in SIDE_BY_SIDE]
 prefill = jax.jit(serve.prefill, static_argnames=("cfg", "size"))
 step = jax.jit(serve.step, static_argnames="cfg")
 fuse = jax.jit(serve.fuse, static_argnames="cfg")
@@ -82,7 +84,7 @@ def error(got_BV, want_BV):
   return models.error(jnp.where(real, got_BV, 0), jnp.where(real, want_BV, 0))
 
 
-@pytest.mark.parametrize("name", [*CASES, *CUT, *SIDE_BY_SIDE])
+@pytest.mark.parametrize("name", [*CASES, *CUT, *SIDES])
 def test_prefill_and_steps_of_a_ragged_batch_are_the_forward_pass(name):
   cfg, _, fused, token_BL, want_BLV = case(name)
   length_B, rows_B = np.array(LENGTHS), np.arange(len(LENGTHS))
@@ -94,7 +96,7 @@ def test_prefill_and_steps_of_a_ragged_batch_are_the_forward_pass(name):
   np.testing.assert_array_equal(cache.length_B, length_B + TOTAL - max(LENGTHS))
 
 
-@pytest.mark.parametrize("name", ["untied", "layernorm", *SIDE_BY_SIDE])
+@pytest.mark.parametrize("name", ["untied", "layernorm", *SIDES])
 def test_padding_changes_no_state_and_no_logit(name):
   cfg, _, fused, token_BL, _ = case(name)
   token_BL, length_B = token_BL[:, : max(LENGTHS)], np.array(LENGTHS)
@@ -105,7 +107,7 @@ def test_padding_changes_no_state_and_no_logit(name):
     np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "layernorm", "no state", *SIDE_BY_SIDE])
+@pytest.mark.parametrize("name", ["swiglu", "layernorm", "no state", *SIDES])
 def test_the_state_after_prefill_is_that_of_steps_from_nothing(name):
   cfg, _, fused, token_BL, _ = case(name)
   length_B = np.full(len(LENGTHS), 11)
@@ -117,7 +119,7 @@ def test_the_state_after_prefill_is_that_of_steps_from_nothing(name):
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+@pytest.mark.parametrize("name", SIDES)
 def test_a_cache_holds_no_slot_twice_and_what_meta_tokens_leave_once(name):
   cfg, _, fused, token_BL, _ = case(name)
   _, cache = prefill(cfg, fused, token_BL[:, : max(LENGTHS)], np.array(LENGTHS), size=TOTAL)
@@ -179,6 +181,7 @@ def test_bfloat16_decoding_stays_near_the_bfloat16_forward_pass():
   assert 0 < error(logits_BV, want_BLV[:, 13]) < 0.03
 
 
+@pytest.mark.slow
 def test_bfloat16_decoding_of_parallel_blocks_stays_near_the_forward_pass():
   cfg, params, _, token_BL, exact_BLV = case("hymba of mamba-1")
   cfg = cfg.replace(dtype="bfloat16")
