@@ -223,6 +223,17 @@ def orders(cfg: ModelConfig, scores: Scores, targets: Targets) -> dict[str, Any]
   return found
 
 
+def _outside(cfg: ModelConfig, scores: Scores, targets: Targets) -> dict[str, np.ndarray]:
+  """Returns the index arrays of D and of the meta tokens; of what stays whole there is none."""
+  found, width = {}, sizes.width(cfg, targets)
+  if width < cfg.D:
+    found["keep_D"] = top(scores.width(), width)
+  meta = sizes.width(cfg, targets, "M") if cfg.meta else 0
+  if meta < cfg.meta:
+    found["keep_M"] = top(scores.get("score_M") if meta else np.zeros(0), meta)
+  return found
+
+
 def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   """Returns the plan that keeps the best-scored entries of every axis.
 
@@ -251,12 +262,7 @@ def plan(cfg: ModelConfig, scores: Scores, targets: Targets) -> Plan:
   """
   sizes.check(cfg, targets)
   targets = sizes.shared(cfg, targets)
-  keep: dict[str, Any] = {}
-  for letter, parent in (("D", cfg.D), ("M", cfg.meta)):
-    width = sizes.width(cfg, targets, letter) if parent else 0
-    if width < parent:
-      score = scores.width() if letter == "D" else scores.get("score_M") if width else np.zeros(0)
-      keep[f"keep_{letter}"] = top(score, width)
+  keep: dict[str, Any] = _outside(cfg, scores, targets)
   left = list(range(len(cfg.blocks)))
   for name, choose in (("blocks", kept_blocks), ("layers", kept_layers)):
     if name in targets:

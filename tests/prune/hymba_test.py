@@ -5,6 +5,7 @@ import pytest
 
 import hybridlm
 from cases import models
+from hybridlm import api
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.trees import tree_hash
 
@@ -34,7 +35,6 @@ ALONE = {
   ("mamba2", "attention off"): (ONE, {0: {"K": 0}}),
   ("mamba2", "SSM off"): (ONE, {0: {"G": 0}}),
   ("mamba2", "shared K"): (PAIR, {"K": 1}),
-  ("mamba2", "shared E"): (PAIR, {"E": 6}),
   ("mamba2", "reader off"): (PAIR, {1: {"K": 0}}),
   ("mamba2", "reader gone"): (PAIR, {"X": (0,)}),
   ("mamba2", "M"): (PAIR, {"M": 4}),
@@ -70,3 +70,15 @@ def test_masked_parent_and_cut_child_give_the_same_logits_with_one_axis_cut(ssm,
   changes, sizes = ALONE[ssm, axis]
   near, far = errors(models.hymba(ssm, **changes), sizes)
   assert near < 1e-5 < 1e-3 < far
+
+
+@pytest.mark.slow
+def test_a_verified_cut_of_a_parallel_block_notices_rows_that_another_branch_wrote():
+  cfg = models.hymba("mamba1", **{**PAIR, "pattern": "=", "kv_groups": (), "meta": 3})
+  params = models.numbers(cfg)
+  plan = models.plan(cfg, params, {"J": 2, "H": 29, "M": 2})
+  small_cfg, small = hybridlm.cut(cfg, params, plan)
+  folder = small["blocks"]["00"]
+  moved = {**folder, "w_out_YD": folder["w_out_YD"][::-1]}
+  with pytest.raises(RuntimeError, match="logits differ"):
+    api.verify(cfg, params, plan, small_cfg, {**small, "blocks": {"00": moved}})
