@@ -8,7 +8,10 @@ import ml_collections
 from ml_collections import config_dict
 
 # Targets that a search can choose. H is heads a group, `heads` heads a block.
-SEARCHED = ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks", "layers", "noop")
+SEARCHED = (
+  "D", "F", "H", "heads", "P", "J", "K", "E", "U", "N", "R", "G", "M", "blocks", "layers", "noop",
+  "attention_off", "ssm_off",
+)
 
 
 def source(kind: str, path: str = "") -> ml_collections.ConfigDict:
@@ -74,8 +77,8 @@ def search() -> ml_collections.ConfigDict:
   """What `experiments.search` chooses from, and how; limits are in `budget` and `rules`."""
   c = ml_collections.ConfigDict()
   c.method = "grid"  # every candidate; "random" ones; "milp": options block by block
-  # Target -> its choices, e.g. D=(160, 192); () keeps the parent's size. Under "milp", `blocks` and
-  # `noop` bound how many blocks stay and how many go without SSM.
+  # Target -> its choices, e.g. D=(160, 192); () keeps the parent's size. Under "milp", `blocks`,
+  # `noop`, `attention_off` and `ssm_off` bound how many blocks stay, or go without that.
   c.space = ml_collections.ConfigDict({name: () for name in SEARCHED})
   c.candidates = 300  # "random": how many are scored; "grid": the most there may be
   c.score = "kl"  # to the teacher, or "ce": what candidates are ranked by

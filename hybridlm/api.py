@@ -214,10 +214,11 @@ def calibrate(
     batches: dicts with `token_BL`, `weight_BL` (1 for real tokens, 0 for padding), `segment_BL`
       and, for estimators that read gradients, `target_BL`.
     estimator: a name of `prune.scores.ESTIMATORS`, with exceptions by letter: "activation,F=flap".
-    axes: letters to score, of HPGFDJKENV.
+    axes: letters to score, of HPGFDJKENVURM.
     depth: None, "kl", "mse", "greedy", "influence" or "window": how whole blocks are scored.
     window: blocks that go together, for depth "window".
-    noop: None, or "kl": what each block loses without its SSM.
+    noop: None, or "kl": what each block loses without its SSM, and each parallel one without one
+      of its branches.
     data: fingerprint of the text, kept with the scores; not of how many batches are drawn.
     seed: of the "random" estimator.
     store: a file that keeps what is done: an interrupted call goes on, and more batches of the same

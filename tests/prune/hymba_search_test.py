@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cases import models
+from experiments import leftover
 from experiments.candidates import Judge
 from experiments.hunting import Blocks
 from experiments.limits import Limits, samples
@@ -176,7 +177,22 @@ def test_leaves_cut_as_they_are_read_are_the_cut_tree_bit_for_bit(ssm):
   small_cfg, made = stream.cut(cfg, leaves, plan)
   assert small_cfg == want_cfg and list(made) == [path for path, _ in axes.leaves(want)]
   for path, leaf in axes.leaves(want):
-    assert made[path].read().tobytes() == np.asarray(leaf).tobytes(), path
+    got = made[path].read()
+    assert got.shape == made[path].shape == leaf.shape, path
+    assert got.tobytes() == np.asarray(leaf).tobytes(), path
+
+
+def test_a_plan_replays_where_targets_say_its_sizes_but_not_where_branches_meet(tmp_path):
+  cfg = models.make(pattern="==", U=8, global_layers=(), kv_groups=((0, 1),), meta=3)
+  targets = {"H": 3, "U": 5, "M": 2}
+  plan = select.plan(cfg, models.scored(cfg), targets)
+  plan.save(tmp_path / "plan.json")
+  expected = select.sized(cfg, targets)
+  assert plan.small_config().blocks != expected.blocks
+  assert leftover.replayed(cfg, tmp_path / "plan.json", expected) == plan.small_config()
+  for other in ({"H": 3, "U": 5}, {"H": 3, "U": 4, "M": 2}):
+    with pytest.raises(ValueError, match="leaves other sizes than the targets"):
+      leftover.replayed(cfg, tmp_path / "plan.json", select.sized(cfg, other))
 
 
 def test_a_store_from_before_is_still_of_the_same_calibration():
