@@ -54,24 +54,10 @@ def gated(
   return run(y_BLGHP, z_BLGHP, leaves["gate_gain_GHP"], eps=cfg.eps, count_G=count_G)
 
 
-def finish(
-  cfg: ModelConfig,
-  block: Mamba | GatedConv,
-  leaves: Mapping[str, jax.Array],
-  y_BLGHP: Float[Array, "B L G H P"],
-  z_BLGHP: Float[Array, "B L G H P"],
-  *,
-  count_G: Float[Array, "G"] | None = None,
-) -> tuple[Float[Array, "B L D"], Float[Array, "B L G H P"]]:
-  """Returns the output of the mixer and the input of its projection; `y_BLGHP` is the scan's."""
-  y_BLGHP = gated(cfg, block, leaves, y_BLGHP, z_BLGHP, count_G=count_G)
-  return write(cfg, leaves, y_BLGHP), y_BLGHP
-
-
 def write(
   cfg: ModelConfig, leaves: Mapping[str, jax.Array], y_BLGHP: Float[Array, "B L G H P"]
 ) -> Float[Array, "B L D"]:
-  """Returns the output projection of all heads' channels."""
+  """Returns the output projection of all heads' channels, of leaves as they are used."""
   w_out_GHPD = leaves["w_out_GHPD"].astype(y_BLGHP.dtype)
   return project(y_BLGHP, w_out_GHPD, inputs=3, quantize=cfg.quantize)
 
@@ -81,7 +67,7 @@ def output(
 ) -> Float[Array, "B L D"]:
   """Returns the output projection, where models are trained, of what `inner` made."""
   cast = layout.used(cfg.layout, {"w_out_GHPD": leaves["w_out_GHPD"]}, y_BLGHP.dtype)
-  return project(y_BLGHP, cast["w_out_GHPD"], inputs=3, quantize=cfg.quantize)
+  return write(cfg, cast, y_BLGHP)
 
 
 def mix(

@@ -16,10 +16,9 @@ from hybridlm.nn.cache import ParallelState, Slots
 from hybridlm.ops import norm
 from hybridlm.ops.project import project
 
-INNER = {Mamba: mamba.inner, Mamba1: mamba1.inner, GatedConv: gated_conv.inner}
-MIX = {Mamba: mamba.mix, Mamba1: mamba1.mix, GatedConv: gated_conv.mix}
-# What serves each kind of SSM branch.
 MIXERS = {Mamba: mamba, Mamba1: mamba1, GatedConv: gated_conv}
+INNER = {kind: mixer.inner for kind, mixer in MIXERS.items()}
+MIX = {kind: mixer.mix for kind, mixer in MIXERS.items()}
 GAINS = ("attention_gain_", "ssm_gain_")
 Inputs = Mapping[str, jax.Array]
 
