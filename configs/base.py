@@ -320,7 +320,6 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluate = evaluate()
 
   c.assess = assess()
-
   c.findings = findings()
 
   c.search = search()
