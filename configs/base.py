@@ -209,7 +209,7 @@ def rules() -> ml_collections.ConfigDict:
   """What the small model must be, whatever it costs."""
   c = ml_collections.ConfigDict()
   c.divisors = ml_collections.ConfigDict()  # letter, "heads" or "blocks" -> a divisor
-  for name in ("D", "F", "H", "heads", "P", "J", "K", "E", "N", "G", "blocks"):
+  for name in ("D", "F", "H", "heads", "P", "J", "K", "E", "U", "N", "R", "G", "M", "blocks"):
     c.divisors[name] = 1
   c.floors = ()  # (("*", 2),): at least so many blocks of a kind
   c.conv_multiple = 1  # channels of a convolution; CUDA kernels take multiples of 8
