@@ -25,7 +25,6 @@ EXTREMES = {
 TINY = float(np.finfo(np.float32).tiny)
 MESHES = {
   "rows and channels": {"data": 3, "tensor": 2},
-  "positions": {"sequence": 8},
   "positions and channels": {"sequence": 4, "tensor": 2},
 }
 
