@@ -352,3 +352,19 @@ def test_every_leaf_is_announced_as_it_is_read():
     for path, leaf in leaves.items():
       array = leaf.read()
       assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype), path
+
+
+@pytest.mark.parametrize("normed, before, gate", [
+  (True, True, "before"), (True, False, "gated"), (False, True, "none"), (False, False, "none"),
+])
+def test_where_a_falcon_norms_is_read_and_written(normed, before, gate, tmp_path):
+  def bare(held):
+    return {name: x for name, x in held.items() if normed or not name.endswith("mamba.norm.weight")}
+
+  keys = {"mamba_rms_norm": normed, "mamba_norm_before_gate": before}
+  folder = edited(
+    GOLDEN / "falcon_h1_norm", tmp_path / "in", config=changed(keys), tensors=bare)
+  cfg, leaves = huggingface.open(folder)
+  assert {block.ssm.gate for block in cfg.blocks[::2]} == {gate}
+  huggingface.write(tmp_path / "out", cfg, leaves)
+  assert same(huggingface.open(tmp_path / "out"), (cfg, leaves))
