@@ -79,6 +79,8 @@ def inner(
   their own `v_BLKU` and `head_BLKJU`; keys and values of a block that shares them are those it
   reads. `count` is not used: there is no norm inside. `place.keep` adds keys and the prefix.
   """
+  if block.shared and place.keys is None:
+    raise ValueError("attention that shares keys and values was given none: it does not run alone")
   own = {name: leaf for name, leaf in leaves.items() if not name.startswith(ENDS)}
   cast, wide = layout.used(cfg.layout, own, x_BLD.dtype), block.value
 

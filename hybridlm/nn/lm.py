@@ -77,8 +77,11 @@ def apply_block(
   """Returns the residual stream after one block, and the taps asked for that this kind has.
 
   A pure function of the block's own leaves. `count` and `inner` are the surviving entries its
-  norms average over (see `prune.cut.mask`); None averages over all. Of models with meta tokens or
-  shared keys this is a block that begins a document, and has keys of its own.
+  norms average over (see `prune.cut.mask`); None averages over all. Of models with meta tokens this
+  is the block without them.
+
+  Raises:
+    ValueError: the block shares the keys of another.
   """
   leaves, x_BLD = held.restore(leaves, x_BLD)
   out_BLD, seen = _residual(

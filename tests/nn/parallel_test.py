@@ -12,6 +12,7 @@ from cases import by_hand, models
 from hybridlm import axes, bind
 from hybridlm.config import Attention, Fusion, Mamba, Parallel
 from hybridlm.nn import lm, parallel
+from hybridlm.train import mesh
 
 KINDS = ("mamba2", "mamba1")
 # Shorter than a convolution reaches, longer than the window, about as long.
@@ -24,10 +25,12 @@ def hymba(kind, pattern="==-="):
   """Returns a model whose first two layers share keys of a window, and its parameters."""
   layers = pattern.count("=")
   far = range(2, layers)
-  cfg = models.hymba(kind, pattern=pattern, global_layers=tuple(far), kv_groups=((0, 1),))
-  assert cfg.kv_groups == ((0, 1),)
+  # Fewer than the meta tokens, which see each other whatever the window.
+  cfg = models.hymba(
+    kind, pattern=pattern, global_layers=tuple(far), kv_groups=((0, 1),), window=7)
+  assert cfg.kv_groups == ((0, 1),) and cfg.meta > 7
   assert [block.attention.window for block in cfg.blocks if block.symbol == "="] == [
-    11, 11, None][:layers]
+    7, 7, None][:layers]
   return cfg, models.params(cfg, 5.0)
 
 
@@ -238,6 +241,35 @@ def test_the_channels_that_are_tapped_are_those_that_meet():
   met_BLY = (seen["head_BLKJU"].reshape(5, L, -1) + seen["y_BLGHP"].reshape(5, L, -1)) / 2
   want = met_BLY @ models.wide(params["blocks"]["01"]["w_out_YD"])
   assert models.error(seen["mix_BLD"], want) < 1e-5
+
+
+def test_a_block_that_shares_keys_does_not_run_alone():
+  cfg, params = hymba("mamba2")
+  with pytest.raises(ValueError, match="shares keys and values was given none"):
+    lm.apply_block(cfg, cfg.blocks[1], params["blocks"]["01"], jnp.zeros((1, 3, cfg.D)))
+
+
+@pytest.mark.slow
+def test_eight_devices_make_the_gradient_of_one():
+  cfg, _ = hymba("mamba2", "==")
+  cfg = cfg.replace(V=32)
+  params, batch = models.params(cfg, 5.0), models.batches(cfg, 1, (4, 24))[0]
+
+  @jax.jit
+  def learn(params):
+    def loss(params):
+      ids = (jnp.asarray(batch["token_BL"]), jnp.asarray(batch["segment_BL"]))
+      return jnp.sum(jnp.sin(lm.forward(cfg, params, ids[0], segment_BL=ids[1])[0]))
+
+    return jax.value_and_grad(loss)(params)
+
+  one = learn(params)
+  with jax.set_mesh(mesh.make({"data": 2, "fsdp": 2, "tensor": 2})):
+    many = learn(params)
+  for (path, a), (_, b) in zip(
+    jax.tree.leaves_with_path(many), jax.tree.leaves_with_path(one), strict=True
+  ):
+    assert models.error(np.asarray(a), np.asarray(b)) < 1e-4, path
 
 
 @pytest.mark.slow
