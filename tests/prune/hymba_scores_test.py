@@ -39,8 +39,9 @@ def model():
   return cfg.replace(blocks=(first, second))
 
 
-def params(scale=3.0):
-  return models.params(model(), scale)
+@functools.cache
+def params(scale=0.1):
+  return models.numbers(model(), scale)
 
 
 @functools.cache
@@ -181,13 +182,13 @@ def test_scores_of_mamba_1_follow_a_permutation_of_their_axis(letter, path, axis
 @functools.cache
 def lost():
   """Returns what is lost without each block, branch, state and meta token."""
-  return hybridlm.calibrate(model(), params(6.0), batches(), axes="M", depth="kl", noop="kl")
+  return hybridlm.calibrate(model(), params(0.2), batches(), axes="M", depth="kl", noop="kl")
 
 
 @functools.cache
 def logits(gone="{}", silent=()):
   """Returns the logits of each batch without what a plan drops, and without some blocks' output."""
-  whole, keep = params(6.0), json.loads(gone)
+  whole, keep = params(0.2), json.loads(gone)
   masked, kept = hybridlm.mask(model(), whole, Plan(model(), tree_hash(whole), keep))
   masked["blocks"] = {
     name: {**folder, "w_out_YD": folder["w_out_YD"] * (name not in silent)}

@@ -141,7 +141,7 @@ def owned(block: Block | None, leaves: Mapping[str, Any], score: str) -> list[st
   return mine + ([FUSED] if branch(block, score) else [])
 
 
-def shares(seen: Seen, score: str) -> list[tuple[str, jax.Array]]:
+def shares(seen: Seen, score: str) -> list[tuple[str, Any]]:
   """Returns `(letters, array)` of what `owned` names, in letters among which are the score's."""
   found = []
   for name in owned(seen.block, seen.leaves, score):
