@@ -21,16 +21,11 @@ L = sum(LENGTHS)
 
 
 @functools.cache
-def hymba(kind, pattern="==-="):
+def hymba(kind, pattern="==-"):
   """Returns a model whose first two layers share keys of a window, and its parameters."""
-  layers = pattern.count("=")
-  far = range(2, layers)
   # Fewer than the meta tokens, which see each other whatever the window.
-  cfg = models.hymba(
-    kind, pattern=pattern, global_layers=tuple(far), kv_groups=((0, 1),), window=7)
+  cfg = models.hymba(kind, pattern=pattern, global_layers=(), kv_groups=((0, 1),), window=7)
   assert cfg.kv_groups == ((0, 1),) and cfg.meta > 7
-  assert [block.attention.window for block in cfg.blocks if block.symbol == "="] == [
-    7, 7, None][:layers]
   return cfg, models.params(cfg, 5.0)
 
 
@@ -74,7 +69,7 @@ def test_the_model_is_the_formulas_taken_token_by_token(kind):
   want, prefixes = by_hand.walk(cfg, params, token_BL[1])
   assert models.error(logits(cfg, params)[1], want) < 1e-5
   found = jax.jit(lm.prefixes, static_argnums=0)(cfg, params)
-  assert sorted(found) == ["00", "01", "03"]
+  assert sorted(found) == ["00", "01"]
   for name, prefix in found.items():
     keys, values, inputs, state = prefixes[int(name)]
     assert (prefix.attention is None) == (name == "01") == (not keys)
@@ -86,7 +81,7 @@ def test_the_model_is_the_formulas_taken_token_by_token(kind):
     assert models.error(prefix.ssm.state[0].reshape(state.shape), state) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mamba2", pytest.param("mamba1", marks=pytest.mark.slow)])
 def test_later_tokens_never_change_earlier_logits(kind):
   cfg, params = hymba(kind, "==")
   sized, rest = cfg.replace(V=23, tied=False), {
@@ -135,7 +130,7 @@ def moves(kind, rng):
   yield "R", [((0,), "R", rng.permutation(block.R))], None
   for letter, where, order, order_KJU in (
     ("K", (0, 1), swap, channel_KJU[swap]),
-    ("J", (3,), order_KJ, np.take_along_axis(channel_KJU, order_KJ[..., None], 1)),
+    ("J", (1,), order_KJ, np.take_along_axis(channel_KJU, order_KJ[..., None], 1)),
     ("U", (0, 1), order_U, channel_KJU[..., order_U]),
   ):
     yield letter, [(where, letter, order), (where, "H", order_KJU.ravel())], order_KJU.ravel()
@@ -275,7 +270,7 @@ def test_eight_devices_make_the_gradient_of_one():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_compute_stays_near_float32(kind):
-  cfg, params = hymba(kind)
+  cfg, params = hymba(kind, "==")
   got = logits(cfg.replace(dtype="bfloat16"), params)
   assert got.dtype == jnp.float32
   assert 0 < models.error(got, logits(cfg, params)) < 0.1

@@ -7,7 +7,7 @@ import pytest
 
 import hybridlm
 from cases import models
-from hybridlm import axes, config
+from hybridlm import config
 from hybridlm.config import Rope
 from hybridlm.nn import lm, stack
 from hybridlm.nn.stack import Loop
@@ -50,37 +50,43 @@ def test_a_loop_holds_whole_groups_only():
   assert len(stack.members(stack.program(cfg))) == 20
 
 
-def outputs(cfg, params, token_BL, segment_BL):
-  """Returns logits, taps and the gradient of a sum of sines, from one program."""
-
-  @jax.jit
-  def run(params):
-    def loss(params):
-      found = lm.forward(
-        cfg, params, token_BL, segment_BL=segment_BL, taps=("k_BLKE", "out_BLD"))
-      return jnp.sum(jnp.sin(found[0])), found
-
-    return jax.grad(loss, has_aux=True)(params)
-
-  gradient, found = run(stack.stacked(cfg, params))
-  return found, stack.unstacked(cfg, gradient)
-
-
-@pytest.mark.parametrize("remat, pattern", [
-  ("unit", "****"), pytest.param("block", "*M-*-*M-*-", marks=pytest.mark.slow)])
-def test_groups_in_a_loop_give_the_outputs_and_gradients_of_each_by_itself(remat, pattern):
-  plain = make(pattern, PAIRS, meta=3, **({"chunk": 8} if "M" in pattern else {}))
-  cfg = plain.replace(stack="units", remat=remat)
+def in_a_loop(pattern, remat):
+  """Returns a model of two equal units that the config runs by a loop, its parameters and ids."""
+  cfg = make(pattern, PAIRS, meta=3, stack="units", remat=remat,
+             **({"chunk": 8} if "M" in pattern else {}))
   assert stack.program(cfg) == (Loop(2, tuple(range(len(pattern) // 2))),)
-  params, batch = models.params(plain, 5.0), models.batches(plain, 1, (2, 19))[0]
+  batch = models.batches(cfg, 1, (2, 19))[0]
   ids = (jnp.asarray(batch["token_BL"]), jnp.asarray(batch["segment_BL"]))
-  got, want = outputs(cfg, params, *ids), outputs(plain, params, *ids)
+  return cfg, models.params(cfg, 5.0), ids
+
+
+def run(cfg, params, ids):
+  return lm.forward(
+    cfg, stack.stacked(cfg, params), ids[0], segment_BL=ids[1], taps=("k_BLKE", "out_BLD"))
+
+
+def assert_alike(got, want):
   assert jax.tree.structure(got) == jax.tree.structure(want)
   for (path, one), (_, two) in zip(
     jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want), strict=True
   ):
     assert models.error(one, two) < 2e-5, path
-  reader = plain.kv_groups[0][1]
-  taps = want[0][1]
-  np.testing.assert_array_equal(taps[f"{reader:02d}"]["k_BLKE"], taps["00"]["k_BLKE"])
-  assert dict(axes.leaves(want[1]))["embed/meta_MD"].shape == (3, plain.D)
+
+
+def test_groups_in_a_loop_give_the_outputs_of_each_by_itself():
+  cfg, params, ids = in_a_loop("****", "none")
+  got, want = (
+    jax.jit(run, static_argnums=0)(each, params, ids) for each in (cfg, cfg.replace(stack="none")))
+  assert_alike(got, want)
+  np.testing.assert_array_equal(want[1]["01"]["k_BLKE"], want[1]["00"]["k_BLKE"])
+  assert models.error(want[1]["02"]["k_BLKE"], want[1]["00"]["k_BLKE"]) > 0.1
+
+
+@pytest.mark.slow
+def test_groups_in_a_loop_give_the_gradients_of_each_by_itself_whatever_is_computed_again():
+  cfg, params, ids = in_a_loop("*M**M*", "unit")
+  got, want = (
+    jax.jit(jax.grad(lambda params, each=each: jnp.sum(jnp.sin(run(each, params, ids)[0]))))(params)
+    for each in (cfg, cfg.replace(stack="none", remat="block")))
+  assert_alike(got, want)
+  assert got["embed"]["meta_MD"].shape == (3, cfg.D)
