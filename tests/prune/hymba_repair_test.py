@@ -43,7 +43,7 @@ def lacking(plan, parent, small, params, batches):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_both_branches_lack_shrinks_to_what_one_fit_of_both_says(kind):
   cfg = KINDS[kind]
-  params, batches = models.params(cfg, 3.0), models.batches(cfg, 2, (3, 19))
+  params, batches = models.numbers(cfg), models.batches(cfg, 2, (3, 19))
   plan = models.plan(cfg, params, SIZES | ({"H": 30, "U": 5} if kind == "mean" else {}))
   small_cfg, cut = cutting.cut(cfg, params, plan)
   parent, small = side(cfg, params), side(small_cfg, cut)
@@ -60,7 +60,7 @@ def test_what_both_branches_lack_shrinks_to_what_one_fit_of_both_says(kind):
 @pytest.mark.slow
 def test_candidates_without_branches_and_meta_tokens_have_the_losses_of_cut_models():
   cfg = models.hymba("mamba2", "==", global_layers=(), kv_groups=((0, 1),), window=5, meta=3)
-  params, batches = models.params(cfg, 3.0), models.batches(cfg, 1, (2, 13))
+  params, batches = models.numbers(cfg), models.batches(cfg, 1, (2, 13))
   scores = models.scored(cfg)
   targets = {"attention_off": [1], "M": 2, "D": 11, "H": {"0": 3}, "U": 5}
   before = masked.programs()
