@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 import hybridlm
 from experiments import artefacts, cli, pipeline, teaching
@@ -31,6 +32,11 @@ def state(cfg: ModelConfig, context: int) -> dict[str, int]:
   cost = hybridlm.cost(cfg, context=context, batch=1, **dtypes)
   kinds = ("kv_bytes", "conv_bytes", "ssm_bytes", "meta_bytes")
   return {name: getattr(cost, name) for name in (*kinds, "state_bytes")}
+
+
+def chance(c: ConfigDict, source: str) -> float:
+  """Returns how often a guess among the values that a document of recall shows is right."""
+  return 1 / c.data.sources[source].pairs
 
 
 def stage(s: Setup) -> Stage:
@@ -75,7 +81,7 @@ def main(job: cli.Job) -> None:
           f"bytes behind {job.config.assess.context:,} tokens")
     for name, each in found["recall"].items():
       print(f"{name}: {each['accuracy']:.1%} ({each['low']:.1%} to {each['high']:.1%}) of "
-            f"{each['count']:,} answers, {made.CHANCE:.1%} by chance")
+            f"{each['count']:,} answers, {chance(job.config, name):.1%} by chance")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from experiments import (
 )
 from hybridlm import api, config
 from hybridlm.config import ModelConfig
-from hybridlm.data import recall
 from hybridlm.decode import loop
 from hybridlm.nn import serve
 
@@ -195,17 +194,17 @@ def over(values: Sequence[float], form: str) -> str:
   return mean if len(values) < 2 else f"{mean} ± {format(statistics.stdev(values), form)}"
 
 
-def verdict(one: Row, other: Row) -> str:
+def verdict(one: Row, other: Row, chance: float) -> str:
   """Returns how a model stands against another: seed by seed, and the bytes that it holds.
 
-  Where neither recalls more than chance, nothing is said of recall.
+  Where neither recalls twice as often as by chance, nothing is said of recall.
   """
   bits, recalled = (
     [a - b for a, b in zip(getattr(one, key), getattr(other, key), strict=True)]
     for key in ("bits", "recall")
   )
   said = f"{', '.join(f'{each:+.1%}' for each in recalled)} recall"
-  if max(statistics.fmean(each.recall) for each in (one, other)) < 2 * recall.CHANCE:
+  if max(statistics.fmean(each.recall) for each in (one, other)) < 2 * chance:
     said = "recall of both is near chance, so nothing is said of it"
   return (f"{one.name} against {other.name}: {', '.join(f'{each:+.3f}' for each in bits)} bits a "
           f"byte; {said}; {other.state / one.state:.2f} times fewer bytes of decode state.")
@@ -215,6 +214,7 @@ def write(job: cli.Job, rows: Sequence[Row], line: str) -> str:
   """Writes `NAME_study.md` and its picture; returns the page."""
   c, named = job.config, {each.name: each for each in rows}
   run, source = c.assess, c.data.sources[c.assess.recall[0]]
+  chance = assess.chance(c, run.recall[0])
   cells = [
     [each.name, f"{each.parameters:,}", over(each.bits, ".3f"), over(each.recall, ".1%"),
      f"{each.state / 1e6:.3f}", f"{each.speed:,.0f}", over(each.seconds, ".0f")] for each in rows]
@@ -226,16 +226,18 @@ def write(job: cli.Job, rows: Sequence[Row], line: str) -> str:
   picture = plots.points(axes, path.with_suffix(".png"),
                          x_label=f"bytes of decode state behind {run.context:,} tokens")
   tokens = c.teacher.steps * c.teacher.batch * c.data.length
-  mixed = ", ".join(f"{name} {share:g}" for name, share in c.data.phases[0][1])
+  mixed = "; ".join(
+    f"from step {step} {', '.join(f'{name} {share:g}' for name, share in weights)}"
+    for step, weights in c.data.phases)
   text = [
     f"# {c.name}_study", "", f"    {line}", "", f"Made on {evaluation.machine()}.", "",
     f"{tokens:,} tokens each ({mixed}), rows of {c.data.length}; {run.seeds} "
     f"{'seed' if run.seeds == 1 else 'seeds, mean ± standard deviation'}. Recall: {source.pairs} "
-    f"pairs, asked for {source.distance} symbols later and more, {recall.CHANCE:.1%} by chance. "
+    f"pairs, asked for {source.distance} symbols later and more, {chance:.1%} by chance. "
     f"State: what decoding remembers behind {run.context:,} tokens, 16 bits a number. Decoding: "
     f"one sequence up to there, float32, all models taking turns.", "",
     report.table(HEADER, cells), "",
-    *(f"* {verdict(named[one], named[other])}" for one, other in run.pairs), "",
+    *(f"* {verdict(named[one], named[other], chance)}" for one, other in run.pairs), "",
     f"![worth against decode state]({picture.name})", "",
   ]
   artefacts.write_bytes(path, "\n".join(text).encode())

@@ -14,8 +14,6 @@ from hybridlm.data import packing
 from hybridlm.data.instructions import Part
 
 KEYS, VALUES, FILLER = string.ascii_lowercase, string.ascii_uppercase, string.digits
-# How often a guess among all values is right.
-CHANCE = 1 / len(VALUES)
 
 
 def documents(*, pairs: int, distance: int, count: int) -> Iterator[tuple[Part, ...]]:

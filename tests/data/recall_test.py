@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hybridlm.data import pipeline, recall, sources
+from hybridlm.data import packing, pipeline, recall, sources
 
 PAIRS, DISTANCE = 5, 3
 SIZE = 4 * PAIRS + DISTANCE + 2  # symbols, the end of the line, and that of the document
@@ -63,6 +63,11 @@ def test_documents_one_a_row_are_filled_up_with_rows_that_count_nothing():
   assert [batch["weight_BL"].sum() for batch in found] == [3 * PAIRS, PAIRS]
   assert not found[1]["segment_BL"][1:].any()
   assert len(recall.rows(tokens, batch=3, limit=1)) == 1
+  uneven = packing.join([np.arange(1, 3), np.arange(3, 7)], eot=0, V=9)
+  (batch,) = recall.rows(uneven, batch=2, limit=1)
+  assert batch["segment_BL"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+  assert batch["token_BL"].tolist() == [[0, 1, 2, 0, 0], [0, 3, 4, 5, 6]]
+  assert batch["weight_BL"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
 
 
 @pytest.mark.parametrize("sizes, words", [
