@@ -90,15 +90,15 @@ def test_meta_tokens_are_seen_beyond_the_window_and_other_tokens_are_not():
 def test_meta_tokens_that_go_leave_the_model_that_never_had_them():
   cfg = models.make(pattern="MC*", window=3, meta=M, rope=Rope(), chunk=8)
   params, batch = models.params(cfg, 5.0), models.batches(cfg, 1, (2, 13))[0]
-  ids = (batch["token_BL"], batch["segment_BL"])
+  ids = (jnp.asarray(batch["token_BL"]), jnp.asarray(batch["segment_BL"]))
+  run = jax.jit(lambda stay_M: lm.forward(
+    cfg, params, ids[0], segment_BL=ids[1], kept={"stay_M": stay_M})[0])
   for stay in ([1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0] * 5):
     stay_M = np.array(stay, bool)
     small = cfg.replace(meta=int(stay_M.sum()))
     own = {"meta_MD": params["embed"]["meta_MD"][stay_M]} if small.meta else {}
     tree = {**params, "embed": {"w_embed_VD": params["embed"]["w_embed_VD"], **own}}
-    got = jax.jit(lambda stay_M: lm.forward(
-      cfg, params, ids[0], segment_BL=ids[1], kept={"stay_M": stay_M})[0])(stay_M)
-    assert models.error(got, hybridlm.forward(small, tree, *ids)) < 1e-5, stay
+    assert models.error(run(stay_M), hybridlm.forward(small, tree, *ids)) < 1e-5, stay
 
 
 def test_positions_that_a_mesh_divides_are_refused_with_meta_tokens():

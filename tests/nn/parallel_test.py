@@ -246,8 +246,7 @@ def test_a_block_that_shares_keys_does_not_run_alone():
 
 @pytest.mark.slow
 def test_eight_devices_make_the_gradient_of_one():
-  cfg, _ = hymba("mamba2", "==")
-  cfg = cfg.replace(V=32)
+  cfg = models.hymba(pattern="=", V=32, global_layers=())
   params, batch = models.params(cfg, 5.0), models.batches(cfg, 1, (4, 24))[0]
 
   @jax.jit
@@ -268,9 +267,8 @@ def test_eight_devices_make_the_gradient_of_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_compute_stays_near_float32(kind):
-  cfg, params = hymba(kind, "==")
+def test_bfloat16_compute_stays_near_float32():
+  cfg, params = hymba("mamba2", "==")
   got = logits(cfg.replace(dtype="bfloat16"), params)
   assert got.dtype == jnp.float32
   assert 0 < models.error(got, logits(cfg, params)) < 0.1
