@@ -172,6 +172,18 @@ def _check_off(cfg: ModelConfig, targets: Targets) -> None:
   for index in () if whole(noop) else noop:
     if named.get(index) == "ssm_off":
       raise ValueError(f"targets noop and ssm_off: block {index} has no SSM left to be a no-op")
+  _check_sizes_of(cfg, targets, named)
+
+
+def _check_sizes_of(cfg: ModelConfig, targets: Targets, gone: Mapping[int, str]) -> None:
+  """Raises where a target gives one block a size of a branch that another target turns off."""
+  for name in KINDS:
+    own = targets.get(name)
+    for index, off in gone.items() if isinstance(own, Mapping) else ():
+      branch = {"attention_off": attention_of, "ssm_off": ssm_of}[off](cfg.blocks[index])
+      if at(own, index) is not None and part(cfg.blocks[index], name) is branch:
+        raise ValueError(f"targets {name} and {off}: block {index} has no branch left that could "
+                         f"keep {name}={at(own, index)!r}")
 
 
 def shared(cfg: ModelConfig, targets: Targets) -> Targets:

@@ -252,7 +252,8 @@ def fates(
   named = targets.get("ssm_off", 0)
   taken = frozenset() if sizes.whole(named) else frozenset(named)
   gone = {"attention": _without(cfg, targets, "attention_off", stay, order_attention_X, taken)}
-  rest = gone["attention"]
+  noop = targets.get("noop", 0)
+  rest = gone["attention"] | frozenset(() if sizes.whole(noop) else noop)
   gone["ssm"] = _without(cfg, targets, "ssm_off", stay, order_ssm_branch_X, rest)
   gone["state"] = silent(cfg, targets, [i for i in stay if i not in gone["ssm"]], order_ssm_X)
   found: dict[int, frozenset[str]] = {}

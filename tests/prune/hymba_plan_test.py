@@ -209,6 +209,11 @@ def test_branches_go_where_the_model_loses_least_and_keys_never_before_their_rea
   silent = select.plan(cfg, scores, {"noop": [2, 4], "ssm_off": [0]}).small_config()
   assert [b.ssm and b.ssm.symbol for b in silent.blocks if b.symbol == "="] == [
     None, "C", "C", "M", "M"]
+  # A block that is to be a no-op is one: another loses its SSM.
+  assert off({"ssm_off": 1}) == ["", "", "", "ssm", ""]
+  assert off({"noop": [6], "ssm_off": 1}) == ["", "", "ssm", "", ""]
+  # What is said of the other branch of a block stands.
+  assert off({"J": {0: 2}, "ssm_off": [0]}) == ["ssm", "", "", "", ""]
 
 
 @pytest.mark.parametrize("targets, message", [
@@ -218,6 +223,9 @@ def test_branches_go_where_the_model_loses_least_and_keys_never_before_their_rea
   ({"ssm_off": [0, 0]}, "target ssm_off=\\[0, 0\\]: block 0 is named twice"),
   ({"ssm_off": [0], "attention_off": [0]}, "block 0 would lose both branches"),
   ({"ssm_off": [0], "noop": [0]}, "noop and ssm_off: block 0 has no SSM left"),
+  ({"ssm_off": 5, "noop": [2]}, "ssm_off=5: only 4 blocks that stay can lose that branch"),
+  ({"ssm_off": [0], "H": {0: 2}}, "H and ssm_off: block 0 has no branch left that could keep H=2"),
+  ({"attention_off": [9], "J": {"9": 1}}, "J and attention_off: block 9 has no branch left"),
   ({"attention_off": [2]}, "block 4 reads the keys and values of block 2; its attention goes too"),
   ({"attention_off": 3, "ssm_off": 3}, "ssm_off=3: only 2 blocks that stay can lose that branch"),
   ({"blocks": [0, 4]}, "target blocks=\\[0, 4\\]: block 4 reads the keys and values of block 2"),
