@@ -1,5 +1,6 @@
 """What is left of a model that targets or a manifest cut, known before anything is computed."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 import hybridlm
 from experiments.mistakes import about
 from hybridlm import axes
-from hybridlm.config import ModelConfig, Parallel, block_name
+from hybridlm.config import Block, ModelConfig, Parallel, attention_of, block_name
+from hybridlm.patterns import with_attention
 from hybridlm.prune import depth as depths
 from hybridlm.prune import scores as scoring
 from hybridlm.prune import select
@@ -68,9 +70,11 @@ def replayed(cfg: ModelConfig, path: str, expected: ModelConfig | None) -> Model
   """
   with about(f"plan {path}"):
     plan = Plan.load(path)
-  if plan.config.blocks != cfg.blocks or (plan.config.V, plan.config.D) != (cfg.V, cfg.D):
+  theirs, ours = ((each.blocks, each.V, each.D, each.meta) for each in (plan.config, cfg))
+  if theirs != ours:
+    meta = f", M={plan.config.meta}" if plan.config.meta != cfg.meta else ""
     raise ValueError(f"plan {path} was made for another model: {plan.config.pattern!r}, "
-                     f"V={plan.config.V}, D={plan.config.D}")
+                     f"V={plan.config.V}, D={plan.config.D}{meta}")
   left = plan.small_config()
   if expected is not None and _sizes(left) != _sizes(expected):
     raise ValueError(f"plan {path} leaves other sizes than the targets: D={left.D} and "
@@ -79,7 +83,15 @@ def replayed(cfg: ModelConfig, path: str, expected: ModelConfig | None) -> Model
 
 
 def _sizes(cfg: ModelConfig) -> tuple[Any, ...]:
-  """Returns what targets say of a model: not where branches meet, which scores decide."""
-  blocks = tuple((block.attention, block.ssm, block.fusion.kind)
-                 if isinstance(block, Parallel) else block for block in cfg.blocks)
-  return cfg.D, cfg.meta, blocks
+  """Returns what targets say of a model: no rotary frequency, nor where branches meet."""
+  return cfg.D, cfg.meta, tuple(map(_size, cfg.blocks))
+
+
+def _size(block: Block) -> Any:
+  attention = attention_of(block)
+  if attention is not None and attention.rope is not None:
+    rope = dataclasses.replace(attention.rope, frequency=None)
+    block = with_attention(block, dataclasses.replace(attention, rope=rope))
+  if not isinstance(block, Parallel):
+    return block
+  return block.attention, block.ssm, block.fusion.kind

@@ -12,7 +12,7 @@ from experiments import leftover
 from experiments.candidates import Judge
 from experiments.hunting import Blocks
 from experiments.limits import Limits, samples
-from hybridlm import axes, lazy
+from hybridlm import axes, config, lazy
 from hybridlm.prune import align, constraints, cost, devices, latency, select, space, store, stream
 from hybridlm.prune import cut as cutting
 from hybridlm.prune.constraints import Budget, Rules
@@ -193,6 +193,21 @@ def test_a_plan_replays_where_targets_say_its_sizes_but_not_where_branches_meet(
   for other in ({"H": 3, "U": 5}, {"H": 3, "U": 4, "M": 2}):
     with pytest.raises(ValueError, match="leaves other sizes than the targets"):
       leftover.replayed(cfg, tmp_path / "plan.json", select.sized(cfg, other))
+  with pytest.raises(ValueError, match="made for another model: '==', V=31, D=16, M=3"):
+    leftover.replayed(cfg.replace(meta=4), tmp_path / "plan.json", None)
+
+
+@pytest.mark.parametrize("pattern", ["*", "="])
+def test_a_plan_replays_whichever_rotary_pairs_scores_have_chosen(tmp_path, pattern):
+  cfg = models.make(pattern=pattern, rope=config.Rope(), **({"U": 8} if pattern == "=" else {}))
+  score_E = np.tile(np.float32([1, 2, 3, 4, 5]), 2)  # the last pairs are best, not the first
+  plan = select.plan(cfg, models.scored(cfg, **{"00/score_E": score_E}), {"E": 4})
+  plan.save(tmp_path / "plan.json")
+  path, left = tmp_path / "plan.json", plan.small_config()
+  assert left != select.sized(cfg, {"E": 4})
+  assert leftover.replayed(cfg, path, select.sized(cfg, {"E": 4})) == left
+  with pytest.raises(ValueError, match="leaves other sizes than the targets"):
+    leftover.replayed(cfg, path, select.sized(cfg, {"E": 6}))
 
 
 def test_a_store_from_before_is_still_of_the_same_calibration():
