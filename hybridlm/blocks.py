@@ -244,8 +244,9 @@ class Fusion:
 
 
 def _check_runs(name: str, runs: Any, size: int) -> None:
-  flat = list(itertools.chain.from_iterable(runs))
-  whole = all(type(edge) is int for edge in flat) and len(flat) == 2 * len(runs)
+  pairs = isinstance(runs, tuple) and all(isinstance(run, tuple) and len(run) == 2 for run in runs)
+  flat = list(itertools.chain.from_iterable(runs)) if pairs else []
+  whole = all(type(edge) is int for edge in flat)
   if not whole or flat != sorted(set(flat)) or not flat or flat[0] < 0 or flat[-1] > size:
     raise ValueError(
       f"Fusion: {name}={runs!r} must be ascending runs (first, stop) apart within 0..Y={size}"
@@ -310,11 +311,12 @@ class Parallel:
 
   def __getattr__(self, name: str) -> int:
     """The size of a letter, of whichever branch has it."""
-    parts = {letter: part for part in (self.attention, self.ssm) if part for letter in part.axes}
-    if name in parts:
-      return getattr(parts[name], name)
-    if name == "Y" and self.fusion.kind == "mean":
-      return self.fusion.Y
+    if len(name) == 1:  # copies ask for other names before there are branches to look into
+      parts = {letter: part for part in (self.attention, self.ssm) if part for letter in part.axes}
+      if name in parts:
+        return getattr(parts[name], name)
+      if name == "Y" and self.fusion.kind == "mean":
+        return self.fusion.Y
     raise AttributeError(f"Parallel has no {name!r}")
 
   @property

@@ -44,8 +44,8 @@ def blocks(pattern: str, sizes: Mapping[str, Any]) -> tuple[tuple[Block, ...], s
   layers = [index for index, block in enumerate(found) if attention_of(block) is not None]
   if layers:
     used |= {"global_layers", "kv_groups"} & set(sizes)
-    _globals(pattern, found, layers, sizes.get("global_layers") or ())
-    _share(pattern, found, layers, sizes.get("kv_groups") or ())
+    _globals(pattern, found, layers, _listed(pattern, sizes, "global_layers"))
+    _share(pattern, found, layers, _listed(pattern, sizes, "kv_groups", inside=True))
   return tuple(found), used
 
 
@@ -73,7 +73,19 @@ def _parallel(place: str, sizes: Mapping[str, Any]) -> tuple[Parallel, set[str]]
   fusion = Fusion(kind, width if kind == "mean" else None)
   # One group and heads of one channel are what Mamba-1 has: saying so is no mistake.
   fixed = {letter for letter in "GP" if ssm == "mamba1" and sizes.get(letter) == 1}
-  return Parallel(attention, mixer, fusion), names | others | fixed | {"ssm", "fusion", "gate"}
+  return Parallel(attention, mixer, fusion), names | others | fixed | {"ssm", "fusion"}
+
+
+def _listed(
+  pattern: str, sizes: Mapping[str, Any], name: str, *, inside: bool = False
+) -> Sequence[Any]:
+  """Returns an option that lists layers, or with `inside` lists of them."""
+  given = sizes.get(name) or ()
+  parts = (given, *(given if inside and isinstance(given, (tuple, list)) else ()))
+  if not all(isinstance(part, (tuple, list)) for part in parts):
+    what = "tuples of layers, such as ((1, 2),)" if inside else "layers, such as (0, 3)"
+    raise ValueError(f"pattern {pattern!r}: {name}={given!r} must be a tuple of {what}")
+  return given
 
 
 def _layer(pattern: str, layers: Sequence[int], name: str, number: Any) -> int:
@@ -145,7 +157,7 @@ def from_plain(place: str, plain: Mapping[str, Any]) -> Block:
     raise ValueError(f"model config: {place} has kind {symbol!r}, known: {' '.join(KINDS)}")
   if KINDS[symbol] is Parallel:
     runs = {name: tuple(tuple(run) for run in value) if isinstance(value, (list, tuple)) else value
-            for name, value in fields.pop("fusion").items()}
+            for name, value in dict(fields.pop("fusion")).items()}
     parts = {name: part if part is None else from_plain(f"{name} of {place}", part)
              for name, part in fields.items()}
     return Parallel(fusion=Fusion(**runs), **parts)

@@ -1,13 +1,16 @@
 """Configs are frozen lists of typed blocks; counts come from names and sizes alone."""
 
+import copy
+import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 
 from cases import models
 from hybridlm import config
-from hybridlm.config import Llama3Scaling, Mamba, Mlp, ModelConfig, Rope
+from hybridlm.config import Fusion, Llama3Scaling, Mamba, Mlp, ModelConfig, Rope
 from hybridlm.ops import attention
 from hybridlm.ops.ssd import api as scans
 
@@ -57,6 +60,11 @@ def test_a_config_survives_json(variant):
   assert ModelConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
+def test_a_config_survives_a_copy_and_another_process():
+  cfg = models.hymba()
+  assert copy.deepcopy(cfg) == copy.copy(cfg) == pickle.loads(pickle.dumps(cfg)) == cfg
+
+
 def test_a_pattern_prints_itself():
   assert models.make(pattern="M-M*-").pattern == "M-M*-"
 
@@ -94,6 +102,48 @@ def test_sizes_that_agree_are_attributes_and_others_raise():
 def test_a_config_that_cannot_be_says_value_and_rule(change, message):
   with pytest.raises(ValueError, match=message):
     models.make(**change)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"kv_groups": (1, 2)}, r"kv_groups=\(1, 2\) must be a tuple of tuples of layers"),
+    ({"kv_groups": ((1, 2, 3),)}, "layer 3 is global, others of the group have a window"),
+    ({"kv_groups": ((0, 2),)}, "two or more layers in a row"),
+    ({"kv_groups": ((1, 2), (2, 1))}, "two or more layers in a row"),
+    ({"kv_groups": ((1, 2), (1, 2))}, "layer 1 is in two groups"),
+    ({"global_layers": 3}, "global_layers=3 must be a tuple of layers"),
+    ({"meta": 64, "context": 64}, "meta=64 tokens leave no place for text in a context of 64"),
+    ({"P": 5}, "ssm has G·H·P=40 channels, its part of the fusion's Y=48 is 48"),
+    ({**models.SIDES["mamba1"], "gate": "none"}, "nothing in it uses 'gate'"),
+  ],
+)
+def test_a_hymba_that_cannot_be_says_value_and_rule(change, message):
+  with pytest.raises(ValueError, match=message):
+    models.hymba(**change)
+
+
+@pytest.mark.parametrize(
+  "index, change, message",
+  [
+    (4, {"K": 3, "J": 2}, "block 4 shares .* with block 2, but has K=3 where that has K=2"),
+    (4, {"rope": None}, "block 4 shares .* with block 2, but has rope=None where that has rope="),
+    (4, {"window": None}, "has window=None where that has window=11"),
+    (0, {"shared": True}, "block 0 shares keys and values, but no attention stands before it"),
+  ],
+)
+def test_blocks_that_cannot_share_keys_say_why(index, change, message):
+  blocks = list(models.hymba().blocks)
+  attention = dataclasses.replace(blocks[index].attention, **change)
+  blocks[index] = dataclasses.replace(blocks[index], attention=attention)
+  with pytest.raises(ValueError, match=message):
+    models.hymba().replace(blocks=tuple(blocks))
+
+
+@pytest.mark.parametrize("runs", [((0, 9),), ((4, 2),), (), ((0, 2), (2, 4))])
+def test_places_in_a_fusion_that_cannot_be_are_refused(runs):
+  with pytest.raises(ValueError, match="must be ascending runs"):
+    Fusion("mean", 8, runs)
 
 
 def test_a_missing_size_and_an_empty_model_are_refused():
