@@ -15,6 +15,7 @@ from experiments.stages import Inputs, Stage
 from hybridlm.data import pipeline as data
 from hybridlm.prune import depth as depths
 from hybridlm.prune import store
+from hybridlm.prune.estimators import table
 from hybridlm.train import mesh as meshes
 
 SCORES = "scores.npz"
@@ -39,13 +40,14 @@ def stage(s: Setup) -> Stage:
   same text, only the new ones are computed.
 
   Raises:
-    ValueError: depth estimators that do not fit the teacher, or no batch between saves.
+    ValueError: estimators that do not fit the teacher, or no batch between saves.
   """
   run, wanted = s.c.calibrate, spec(s)
   if run.save_every < 1:
     raise ValueError(f"calibrate.save_every={run.save_every} must be at least 1")
   with about("calibrate"):
     depths.check(s.cfg, run.depth, run.window, run.noop)
+    table.check(s.cfg, dict(wanted.chosen()))
 
   def calibrate(folder: pathlib.Path, inputs: Inputs) -> None:
     cfg, params = artefacts.load_model(inputs["teacher"])

@@ -328,7 +328,9 @@ def _left(
     left = small(parent, wanted, letters=run.axes, depth=run.depth, noop=run.noop)
   if path:
     left, open_ = replayed(parent, path, None if open_ else left), False
-  if not open_:
+  # No published class has blocks without a branch or state, whichever of them scores choose.
+  stay = {name: wanted[name] for name in ("blocks", "layers") if name in wanted}
+  if path or not open_pattern(parent, stay):
     with about("export"):
       exchange.check(left, c.export.format, c.export.family)
   checks.layout(left, grid, "the small model", (c.mesh.layout,))

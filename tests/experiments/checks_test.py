@@ -7,7 +7,7 @@ import pytest
 
 from cases import models
 from configs import hymba_prune_twin, quickstart_toy
-from experiments import checks, settings
+from experiments import calibration, checks, settings
 from experiments.mistakes import is_mistake
 from hybridlm.data import pipeline, sources
 
@@ -90,6 +90,8 @@ PARALLEL = [
   ("model.kv_groups=((0, 1),)", ["model: ", "layer 0 is global"]),
   ("model.kv_groups=((1, 2), (2, 3))", ["model: ", "layer 3; with attention there are 3"]),
   ("model.fusion='product'", ["model: ", "'product'", "mean, sum"]),
+  # However many attentions scores will choose.
+  ("export.format='hf'", ["export: ", "block 0 joins attention and SSM heads by the mean"]),
 ]
 
 
@@ -121,6 +123,14 @@ def refused(c, change, words, tmp_path):
 @pytest.mark.parametrize("change, words", PARALLEL)
 def test_a_parallel_model_that_cannot_be_is_refused_under_its_key(change, words, tmp_path):
   refused(hymba_prune_twin.get_config(), change, words, tmp_path)
+
+
+def test_an_estimator_that_cannot_score_a_block_is_refused_before_a_teacher_is_trained(tmp_path):
+  c = hymba_prune_twin.get_config()
+  c.calibrate.update(estimator="wanda,D=activation,M=activation", axes="HPFDJME")
+  s = settings.setup(c, grid(), cache=tmp_path)
+  with pytest.raises(ValueError, match="calibrate: estimator 'wanda' cannot score axis E of block"):
+    calibration.stage(s)
 
 
 def test_a_search_without_a_bound_and_one_after_rounds_are_refused(tmp_path):

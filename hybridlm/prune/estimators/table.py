@@ -114,6 +114,12 @@ def asked(
   return found
 
 
+def check(cfg: ModelConfig, chosen: Mapping[str, str]) -> None:
+  """Raises where an estimator cannot score an axis of a block: see `asked`."""
+  for reads in sorted({named(name).reads for score, name in chosen.items() if score != "score_V"}):
+    asked(cfg, chosen, reads)
+
+
 def meta(cfg: ModelConfig, chosen: Mapping[str, str], reads: str) -> Statistic | None:
   """Returns what scores the meta tokens; None: nothing does, or it does not read `reads`."""
   name = chosen.get("score_M") if cfg.meta else None
