@@ -1,5 +1,6 @@
 """A search's candidates: what each costs, why it may not be, what it loses; all written down."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import hybridlm
 from experiments import ledger
 from experiments.ledger import Ledger
 from experiments.limits import Limits, rule
-from hybridlm.config import ModelConfig
+from hybridlm.config import Block, ModelConfig, Parallel
 from hybridlm.prune import select
 from hybridlm.prune.plan import Plan
 from hybridlm.prune.scores import Scores
@@ -56,12 +57,22 @@ class Judge:
     except ValueError as error:
       return [f"targets: {error}"]
     kept = targets.get("blocks")
-    return self.limits.reasons(
-      self.cfg, small, budget=budget, kept=kept if isinstance(kept, list) else None)
+    reasons = functools.partial(
+      self.limits.reasons, self.cfg, budget=budget, kept=kept if isinstance(kept, list) else None)
+    found = reasons(small)
+    if found and self._scores is not None and any(map(_meets, small.blocks)):
+      if all(each.startswith("budget") for each in found):
+        return reasons(select.plan(self.cfg, self._scores, targets).small_config())
+    return found
 
   def costs(self, targets: Mapping[str, Any]) -> dict[str, float]:
     """Returns parameters, bytes and seconds of what targets leave, under the names in `COSTS`."""
     return self.limits.costs(self.small(targets))
+
+
+def _meets(block: Block) -> bool:
+  """Whether a plan may leave less of a block than sizes alone say: see `select.sized`."""
+  return isinstance(block, Parallel) and block.fusion.kind == "mean"
 
 
 class Candidates:

@@ -142,6 +142,25 @@ def test_the_programme_takes_branches_off_within_its_bounds():
   assert "attention_off" in targets
 
 
+def test_a_candidate_fits_by_the_channels_that_its_plan_lets_meet_not_by_the_most_there_can_be():
+  cfg = models.make(pattern="=", K=1, J=4, U=6, G=1, H=4, P=6)
+  rising = np.arange(1.0, 5.0)  # the same places of both branches are needed least
+  scores = models.scored(cfg, **{
+    "00/score_KJ": rising[None], "00/score_GHP": np.repeat(rising[None, :, None], 6, axis=2)})
+  targets = {"J": 2, "H": 2}
+  small = select.plan(cfg, scores, targets).small_config()
+  assert (small.blocks[0].Y, select.sized(cfg, targets).blocks[0].Y) == (12, 24)
+  exact = config.parameters(small)
+  for bound, fits in ((exact, True), (exact - 1, False)):
+    limits = judge(cfg, parameters=bound).limits
+    assert (not Judge(cfg, limits, scores).reasons(targets)) == fits
+    assert Judge(cfg, limits).reasons(targets)  # nothing is known of where they meet
+  # A rule that is broken is no matter of where they meet.
+  ruled = judge(cfg, Rules(divisors={"heads": 3}), parameters=exact).limits
+  assert {line.partition(":")[0] for line in Judge(cfg, ruled, scores).reasons(targets)} == {
+    "divisor", "budget"}
+
+
 def test_branches_that_may_go_are_among_the_models_that_are_timed():
   found = samples(CFG, {"F": (12, 24), "attention_off": (0, 2)})
   assert any(all(block.attention is None for block in cfg.blocks[::2]) for cfg in found)
