@@ -117,6 +117,7 @@ class ModelConfig:
       raise ValueError(f"ModelConfig: vocabulary={self.vocabulary} must lie in 1..V={self.V}")
     self._check_precision()
     self._check_meta()
+    self._check_kernel()
     self._check_shared()
 
   def _check_meta(self) -> None:
@@ -125,6 +126,16 @@ class ModelConfig:
     if self.context is not None and self.meta >= self.context:
       raise ValueError(f"ModelConfig: meta={self.meta} tokens leave no place for text in a context "
                        f"of {self.context}")
+
+  def _check_kernel(self) -> None:
+    if self.attention in (None, "xla"):
+      return
+    found = [each for each in map(attention_of, self.blocks) if each is not None]
+    wide = any(each.U not in (None, each.E) for each in found)
+    if found and (self.meta or wide):
+      what = f"meta={self.meta} tokens" if self.meta else "values wider or narrower (U) than keys"
+      raise ValueError(
+        f"ModelConfig: attention={self.attention!r} cannot express {what}: use 'xla'")
 
   def _check_shared(self) -> None:
     for index, owner in enumerate(self.owners):

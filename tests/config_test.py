@@ -116,6 +116,8 @@ def test_a_config_that_cannot_be_says_value_and_rule(change, message):
     ({"meta": 64, "context": 64}, "meta=64 tokens leave no place for text in a context of 64"),
     ({"P": 5}, "ssm has G·H·P=40 channels, its part of the fusion's Y=48 is 48"),
     ({**models.SIDES["mamba1"], "gate": "none"}, "nothing in it uses 'gate'"),
+    ({"attention": "splash"}, "attention='splash' cannot express meta=9 tokens"),
+    ({"attention": "cudnn", "meta": 0}, "attention='cudnn' cannot express values wider"),
   ],
 )
 def test_a_hymba_that_cannot_be_says_value_and_rule(change, message):
