@@ -47,7 +47,7 @@ def whole(value: Any) -> bool:
   return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def at(value: Any, index: int, absent: Any = None) -> Any:
+def at(value: Any, index: int | None, absent: Any = None) -> Any:
   """Returns what a target says of one block: a mapping's entry (keys may be strings), or itself."""
   if isinstance(value, Mapping):
     return value.get(index, value.get(str(index), absent))
@@ -55,7 +55,7 @@ def at(value: Any, index: int, absent: Any = None) -> Any:
 
 
 def wanted(
-  targets: Targets, name: str, index: int, parent: int, *, least: int = 1, per: int = 1,
+  targets: Targets, name: str, index: int | None, parent: int, *, least: int = 1, per: int = 1,
   rule: str = "", whose: str = "the parent's",
 ) -> int:
   """Returns the size a block shall have: its own where targets differ by block.
@@ -63,7 +63,7 @@ def wanted(
   Args:
     targets: sizes by letter; a mapping from block index to size where they differ.
     name: a key of `targets`; where it is absent the parent's size stays.
-    index: the block.
+    index: the block; None: it is a size of the whole model.
     parent: the size the parent has, in the unit of `name`.
     least: the smallest size there is.
     per: a size other than the parent's must be a multiple of this.
@@ -74,7 +74,7 @@ def wanted(
     ValueError: not a whole number, too small, larger than the parent, or not a multiple of `per`.
   """
   value = at(targets.get(name, parent), index, parent)
-  place = f"target {name}={value!r} of block {index}"
+  place = f"target {name}={value!r} of {'the model' if index is None else f'block {index}'}"
   if not whole(value) or value < least:
     raise ValueError(f"{place}: not a whole number of at least {least}")
   if value > parent:
@@ -281,7 +281,7 @@ def width(cfg: ModelConfig, targets: Targets, letter: str = "D") -> int:
     ValueError: not a whole number, none of D, or larger than the parent's.
   """
   parent, least = {"D": (cfg.D, 1), "M": (cfg.meta, 0)}[letter]
-  return wanted({letter: targets.get(letter, parent)}, letter, 0, parent, least=least)
+  return wanted({letter: targets.get(letter, parent)}, letter, None, parent, least=least)
 
 
 def keep_width(block: Attention, width: int, order: Any) -> list[int]:

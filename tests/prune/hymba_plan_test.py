@@ -229,7 +229,7 @@ def test_branches_go_where_the_model_loses_least_and_keys_never_before_their_rea
   ({"attention_off": [2]}, "block 4 reads the keys and values of block 2; its attention goes too"),
   ({"attention_off": 3, "ssm_off": 3}, "ssm_off=3: only 2 blocks that stay can lose that branch"),
   ({"blocks": [0, 4]}, "target blocks=\\[0, 4\\]: block 4 reads the keys and values of block 2"),
-  ({"M": -1}, "target M=-1 .*not a whole number of at least 0"),
+  ({"M": -1}, "target M=-1 of the model: not a whole number of at least 0"),
   ({"M": {0: 2}}, "target M={0: 2}: one size for the whole model"),
   ({"U": 9}, "target U=9 of block 0: larger than the parent's 8"),
   ({"R": 3}, "target R=3: no block of .* has this axis"),
