@@ -149,7 +149,7 @@ class Attention:
     for name in ("window", "U"):
       if getattr(self, name) is not None:
         positive("Attention", **{name: getattr(self, name)})
-    rotary = self.rope.rotary or self.E if self.rope else 2
+    rotary = self.rope.rotary or self.E if self.rope else 0
     if rotary > self.E or rotary % 2:
       raise ValueError(f"Attention: {rotary} rotary channels do not fit a head of width E={self.E}")
 

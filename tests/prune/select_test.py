@@ -87,6 +87,7 @@ def test_head_width_without_positions_keeps_the_best_channels_whatever_their_num
   score_E = np.arange(10.0)[::-1]
   keep = kept(cfg, {"E": 3}, scored(cfg, **{"03/score_E": score_E}), 3)
   np.testing.assert_array_equal(keep["keep_E"], [0, 1, 2])
+  assert select.sized(cfg, {"E": 1}).blocks[3].E == 1
 
 
 def test_a_no_op_is_named_counted_or_a_state_of_zero():
