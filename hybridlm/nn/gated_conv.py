@@ -122,19 +122,6 @@ def prefill_heads(
   return _heads(cfg, block, leaves, u_BL, z_BLGHP), ConvState(conv_BW)
 
 
-def prefill(
-  cfg: ModelConfig,
-  block: GatedConv,
-  leaves: Mapping[str, jax.Array],
-  x_BLD: Float[Array, "B L D"],
-  length_B: Int[Array, "B"],
-  *,
-  prefix: flow.SsmPrefix | None = None,
-) -> tuple[Float[Array, "B L D"], ConvState]:
-  """Returns the mixer's output, and the state, as `prefill_heads` does."""
-  y_BLGHP, state = prefill_heads(cfg, block, leaves, x_BLD, length_B, prefix=prefix)
-  return mamba.write(cfg, leaves, y_BLGHP), state
-
 
 def step_heads(
   cfg: ModelConfig,
@@ -152,15 +139,3 @@ def step_heads(
     conv_BL[:, 0], leaves["taps"], leaves.get("conv_bias"), state.conv_BW
   )
   return _heads(cfg, block, leaves, u_B[:, None], z_BLGHP), ConvState(conv_BW)
-
-
-def step(
-  cfg: ModelConfig,
-  block: GatedConv,
-  leaves: Mapping[str, jax.Array],
-  x_BLD: Float[Array, "B 1 D"],
-  state: ConvState,
-) -> tuple[Float[Array, "B 1 D"], ConvState]:
-  """Returns the mixer's output for one more token a row, and the state, as `step_heads` does."""
-  y_BLGHP, state = step_heads(cfg, block, leaves, x_BLD, state)
-  return mamba.write(cfg, leaves, y_BLGHP), state

@@ -230,19 +230,6 @@ def prefill_heads(
   return gated(cfg, block, leaves, y_BLGHP, z_BLGHP), MambaState(conv_BW, ssm_BGHPN)
 
 
-def prefill(
-  cfg: ModelConfig,
-  block: Mamba,
-  leaves: Mapping[str, jax.Array],
-  x_BLD: Float[Array, "B L D"],
-  length_B: Int[Array, "B"],
-  *,
-  prefix: flow.SsmPrefix | None = None,
-) -> tuple[Float[Array, "B L D"], MambaState]:
-  """Returns the mixer's output, and the state, as `prefill_heads` does."""
-  y_BLGHP, state = prefill_heads(cfg, block, leaves, x_BLD, length_B, prefix=prefix)
-  return write(cfg, leaves, y_BLGHP), state
-
 
 def started(
   prefix: flow.SsmPrefix | None, batch: int
@@ -295,15 +282,3 @@ def step_heads(
   skipped_BLGHP = leaves["skip_GH"][..., None] * u_BLGHP.astype(jnp.float32)
   y_BLGHP = (y_BGHP[:, None] + skipped_BLGHP).astype(u_BLGHP.dtype)
   return gated(cfg, block, leaves, y_BLGHP, z_BLGHP), MambaState(conv_BW, ssm_BGHPN)
-
-
-def step(
-  cfg: ModelConfig,
-  block: Mamba,
-  leaves: Mapping[str, jax.Array],
-  x_BLD: Float[Array, "B 1 D"],
-  state: MambaState,
-) -> tuple[Float[Array, "B 1 D"], MambaState]:
-  """Returns the mixer's output for one more token a row, and the state, as `step_heads` does."""
-  y_BLGHP, state = step_heads(cfg, block, leaves, x_BLD, state)
-  return write(cfg, leaves, y_BLGHP), state

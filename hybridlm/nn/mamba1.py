@@ -188,19 +188,6 @@ def prefill_heads(
   return norm.gate(y_BLGHP, z_BLGHP), Mamba1State(conv_BW, ssm_BGHN)
 
 
-def prefill(
-  cfg: ModelConfig,
-  block: Mamba1,
-  leaves: Mapping[str, jax.Array],
-  x_BLD: Float[Array, "B L D"],
-  length_B: Int[Array, "B"],
-  *,
-  prefix: SsmPrefix | None = None,
-) -> tuple[Float[Array, "B L D"], Mamba1State]:
-  """Returns the mixer's output, and the state, as `prefill_heads` does."""
-  y_BLGHP, state = prefill_heads(cfg, block, leaves, x_BLD, length_B, prefix=prefix)
-  return mamba.write(cfg, leaves, y_BLGHP), state
-
 
 def step_heads(
   cfg: ModelConfig,
@@ -226,15 +213,3 @@ def step_heads(
   y_BH = (y_BH + leaves["skip_GH"][0] * u_BH.astype(y_BH.dtype)).astype(u_BH.dtype)
   y_BLGHP = norm.gate(y_BH[:, None, None, :, None], z_BLGHP)
   return y_BLGHP, Mamba1State(conv_BW, ssm_BHN[:, None])
-
-
-def step(
-  cfg: ModelConfig,
-  block: Mamba1,
-  leaves: Mapping[str, jax.Array],
-  x_BLD: Float[Array, "B 1 D"],
-  state: Mamba1State,
-) -> tuple[Float[Array, "B 1 D"], Mamba1State]:
-  """Returns the mixer's output for one more token a row, and the state, as `step_heads` does."""
-  y_BLGHP, state = step_heads(cfg, block, leaves, x_BLD, state)
-  return mamba.write(cfg, leaves, y_BLGHP), state

@@ -155,7 +155,7 @@ def prefill(
 ) -> tuple[Float[Array, "B L D"], ParallelState, flow.Keys | None]:
   """Returns the output, the branches' states after each row's tokens, and the keys that were read.
 
-  `leaves` are `join`ed; the rest is as of `attention.prefill` and `mamba.prefill`.
+  `leaves` are `join`ed; the rest is as of `attention.prefill` and `mamba.prefill_heads`.
   """
   prefix = flow.ParallelPrefix(None, None) if prefix is None else prefix
   heads = channels = held = state = None

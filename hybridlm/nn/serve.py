@@ -29,16 +29,9 @@ JOIN = {
   Mamba: mamba.join, Mamba1: mamba1.join, GatedConv: gated_conv.join, Attention: attention.join,
   Mlp: mlp.join,
 }
-PREFILL = {
-  Mamba: mamba.prefill, Mamba1: mamba1.prefill, GatedConv: gated_conv.prefill,
-  Attention: attention.prefill, Parallel: parallel.prefill,
-}
-STEP = {
-  Mamba: mamba.step, Mamba1: mamba1.step, GatedConv: gated_conv.step, Attention: attention.step,
-  Parallel: parallel.step,
-}
-# Those that read keys and values, and say which they have read: the block after may share them.
-READERS = (Attention, Parallel)
+# Blocks that read keys and values, and say which they have read: the one after may share them.
+PREFILL = {Attention: attention.prefill, Parallel: parallel.prefill}
+STEP = {Attention: attention.step, Parallel: parallel.step}
 NORMS = ("norm_gain_D", "norm_bias_D")
 
 
@@ -93,11 +86,13 @@ def prefill(
     norm_BLD = _normed(cfg, leaves, x_BLD)
     if isinstance(block, Mlp):
       y_BLD, state = mlp.serve(block, leaves, norm_BLD), None
-    elif isinstance(block, READERS):
+    elif type(block) in PREFILL:
       y_BLD, state, keys = PREFILL[type(block)](
         cfg, block, leaves, norm_BLD, length_B, size=size, prefix=prefix, keys=keys)
     else:
-      y_BLD, state = PREFILL[type(block)](cfg, block, leaves, norm_BLD, length_B, prefix=prefix)
+      run = parallel.MIXERS[type(block)].prefill_heads
+      heads_BLGHP, state = run(cfg, block, leaves, norm_BLD, length_B, prefix=prefix)
+      y_BLD = mamba.write(cfg, leaves, heads_BLGHP)
     x_BLD = x_BLD + y_BLD
     states.append(state)
   last_BLD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)
@@ -119,11 +114,13 @@ def step(
     norm_BLD = _normed(cfg, leaves, x_BLD)
     if isinstance(block, Mlp):
       y_BLD = mlp.serve(block, leaves, norm_BLD)
-    elif isinstance(block, READERS):
+    elif type(block) in STEP:
       y_BLD, state, slots = STEP[type(block)](
         cfg, block, leaves, norm_BLD, state, cache.length_B, prefix=prefix, slots=slots)
     else:
-      y_BLD, state = STEP[type(block)](cfg, block, leaves, norm_BLD, state)
+      run = parallel.MIXERS[type(block)].step_heads
+      heads_BLGHP, state = run(cfg, block, leaves, norm_BLD, state)
+      y_BLD = mamba.write(cfg, leaves, heads_BLGHP)
     x_BLD = x_BLD + y_BLD
     states.append(state)
   return _logits(cfg, weights, x_BLD), Cache(tuple(states), cache.length_B + 1)
