@@ -3,7 +3,7 @@ r"""From a Llama to a Hymba, one change at a time: what each is worth at the sam
 python -m experiments.roadmap --config=configs/evidence/hymba.py
 
 Half of the rows are US presidential messages, half associative recall: 8 letters with a value
-each, then all 8 asked for again, 30 symbols later and more, which is beyond a window of 32 tokens.
+each, then 8 questions, 30 symbols later and more, which is beyond a window of 32 tokens.
 The first third of the steps learns from 4 letters, 14 symbols apart. Sizes of the MLP make up for
 what a layout saves, so that all have as many parameters within 2 %.
 Cost: at most 4 minutes a model on two CPU cores, seven models a seed.

@@ -2,7 +2,9 @@
 
 After Arora et al. 2023 (Zoology, arXiv 2312.04927), multi-query associative recall. A document is
 one line: `k1 v1 k2 v2 .. filler q1 a1 q2 a2 ..`, keys lower case, values upper case, filler digits.
-Every key is asked for once, in another order, and only the answers are targets.
+As many keys are asked for as there are pairs, each drawn anew: were every key asked for once, who
+has learnt which values are left would answer half of four questions without knowing any pair. Only
+the answers are targets.
 """
 
 import string
@@ -22,7 +24,7 @@ def documents(*, pairs: int, distance: int, count: int) -> Iterator[tuple[Part, 
   A part is one symbol, so that a tokenizer gives each an id of its own.
 
   Args:
-    pairs: keys with a value, all of which are asked for.
+    pairs: keys with a value, and questions.
     distance: symbols of filler between the last pair and the first key that is asked for.
     count: of documents.
 
@@ -36,15 +38,15 @@ def documents(*, pairs: int, distance: int, count: int) -> Iterator[tuple[Part, 
   draws = np.random.PCG64([pairs, distance]).random_raw(
     (count, len(KEYS) + len(VALUES) + distance + pairs))
   parts = np.split(draws, np.cumsum([len(KEYS), len(VALUES), distance]), axis=1)
-  keys, values, orders = (
-    np.argsort(parts[at], axis=1, kind="stable")[:, :pairs].tolist() for at in (0, 1, 3))
-  fillers = (parts[2] % len(FILLER)).tolist()
+  keys, values = (
+    np.argsort(parts[at], axis=1, kind="stable")[:, :pairs].tolist() for at in (0, 1))
+  fillers, questions = (parts[2] % len(FILLER)).tolist(), (parts[3] % pairs).tolist()
   read = {symbol: Part(symbol, False) for symbol in KEYS + VALUES + FILLER + "\n"}
   learnt = {symbol: Part(symbol, True) for symbol in VALUES}
-  for key, value, filler, order in zip(keys, values, fillers, orders, strict=True):
+  for key, value, filler, question in zip(keys, values, fillers, questions, strict=True):
     known = [(KEYS[k], VALUES[v]) for k, v in zip(key, value, strict=True)]
     shown = [read[symbol] for pair in known for symbol in pair]
-    asked = [part for at in order for part in (read[known[at][0]], learnt[known[at][1]])]
+    asked = [part for at in question for part in (read[known[at][0]], learnt[known[at][1]])]
     yield (*shown, *(read[FILLER[digit]] for digit in filler), *asked, read["\n"])
 
 

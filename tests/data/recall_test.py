@@ -22,18 +22,17 @@ def answers(text):
   return [known[key] for key in asked[::2]], list(asked[1::2])
 
 
-def test_every_key_is_asked_for_once_and_its_value_is_the_answer():
+def test_keys_are_asked_for_whatever_was_asked_before_and_their_values_are_the_answers():
   found = corpus().documents("recall", "all")
   for document in found:
     said, wanted = answers(document.text)
-    assert said == wanted and len(set(said)) == PAIRS and set(said) <= set(recall.VALUES)
+    assert said == wanted and len(said) == PAIRS and set(said) <= set(recall.VALUES)
     assert document.text[2 * PAIRS :][:DISTANCE].isdigit() and document.text[-1] == "\n"
     assert [part.text for part in document.parts if part.counts] == wanted
   assert len({document.text for document in found}) == 40
-  orders = {tuple(np.argsort(np.argsort([ord(c) for c in d.text[: 2 * PAIRS : 2]])).tolist()
-                  == np.argsort(np.argsort([ord(c) for c in d.text[-2 * PAIRS - 1 : -1 : 2]])))
-            for d in found}
-  assert len(orders) > 1  # asked for in other orders than shown
+  # 5 (4/5)^5 = 1.6 keys a document are not asked for.
+  missed = [PAIRS - len(set(answers(document.text)[0])) for document in found]
+  assert 1.2 < np.mean(missed) < 2.1
   assert found == corpus(documents=60).documents("recall", "all")[:40]
 
 
